@@ -1,0 +1,1 @@
+"""Where KV lives: `pages` on the device, `pool` and `radix` on the host (no jax import)."""
