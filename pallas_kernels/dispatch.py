@@ -1,0 +1,65 @@
+"""Choosing a backend. A backend refuses with `NotImplementedError("why")`; every reason is kept."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+OPERATIONS: dict[str, "Operation"] = {}  # by name, filled as operations are defined
+
+
+@dataclasses.dataclass
+class Operation:
+    """One operation and its implementations. Called like a function, with `backend=` on top.
+
+    `backend=None` takes the first preferred implementation that does not refuse; a backend asked
+    for by name runs or raises. Implementations from outside join through `register`.
+    """
+
+    name: str
+    preferred: dict[str, tuple[str, ...]]  # platform -> backends in order; "*" is any platform
+    implementations: dict[str, Callable[..., Any]] = dataclasses.field(default_factory=dict)
+    notes: dict[str, str] = dataclasses.field(default_factory=dict)  # why never chosen by itself
+
+    def __post_init__(self) -> None:
+        OPERATIONS[self.name] = self
+
+    def register(
+        self, backend: str, fn: Callable[..., Any], *, platforms: tuple[str, ...] = ()
+    ) -> None:
+        """Adds an implementation and puts it first on `platforms`; none means "by name only"."""
+        self.implementations[backend] = fn
+        for platform in platforms:
+            rest = self.preferred.get(platform, self.preferred.get("*", ()))
+            self.preferred[platform] = (backend, *(b for b in rest if b != backend))
+
+    def order(self, platform: str) -> tuple[str, ...]:
+        """Backends tried on `platform`, best first."""
+        return self.preferred.get(platform, self.preferred.get("*", ()))
+
+    def explain(self, platform: str) -> dict[str, str]:
+        """Backend name to "chosen" or the reason why it is not, for `kvjax info`."""
+        order = self.order(platform)
+        told = {}
+        for backend in self.implementations:
+            if backend not in order:
+                told[backend] = self.notes.get(backend, f"only by name on {platform}")
+            else:
+                told[backend] = "chosen" if backend == order[0] else f"after {order[0]}"
+        return told
+
+    def __call__(self, *args: Any, backend: str | None = None, **kwargs: Any) -> Any:
+        if backend is not None:
+            if backend not in self.implementations:
+                raise ValueError(
+                    f"{self.name} has no backend {backend!r}; there are {list(self.implementations)}"
+                )
+            return self.implementations[backend](*args, **kwargs)
+        refusals: list[Exception] = []
+        for name in self.order(jax.default_backend()):
+            try:
+                return self.implementations[name](*args, **kwargs)
+            except NotImplementedError as why:
+                refusals.append(why)
+        raise ExceptionGroup(f"no backend of {self.name} accepts these inputs", refusals)

@@ -1,0 +1,206 @@
+"""Paged attention as XLA loops over fixed-size key blocks: any platform, the default on CPU.
+
+Two bodies. *Decode* takes the sequences that bring one token and walks their keys together, block
+by block. *Prefill* cuts the longer ones into tiles of query tokens, each tile of one sequence, and
+walks only the blocks that the tile can see. Trip counts are dynamic, so neither reads keys that
+nobody sees, and the shapes inside do not depend on context lengths. Every row reduces in blocks of
+`_BLOCK` keys counted from the start of its sequence: its bits are the same in every batch.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from kvjax.pallas_kernels.page_ops import LayerPages, decode_dtype
+from kvjax.pallas_kernels.page_ops.xla import decode
+from kvjax.pallas_kernels.paged_attention.softmax import absorb, capped, finish, start, visible
+
+_BLOCK = 256  # keys per block: 128 and 512 measured no faster on CPU
+_TILE = 64  # query tokens per prefill tile
+
+
+def paged_attention(
+    q, pages: LayerPages, block_tables, query_starts, kv_lens, visible_lo, visible_hi, *,
+    scale, tail_mask=None, soft_cap=None, sinks=None, value_width=None, max_query_len=None,
+    return_lse=False,
+):  # fmt: skip
+    """See `kvjax.pallas_kernels.paged_attention`."""
+    if pages.page_size > _BLOCK or _BLOCK % pages.page_size:
+        raise NotImplementedError(f"xla: page_size={pages.page_size} does not divide {_BLOCK}")
+    block_tables = _whole_blocks(block_tables, _BLOCK // pages.page_size)
+    attend = _Attend(q, pages, block_tables, query_starts, kv_lens, visible_lo, visible_hi,
+                     scale, tail_mask, soft_cap, sinks, value_width)  # fmt: skip
+    if max_query_len == 1:
+        out, lse = attend.decode()
+    else:
+        out, lse = attend.prefill()
+    return (out, lse) if return_lse else out
+
+
+def _whole_blocks(block_tables: Array, pages_per_block: int) -> Array:
+    missing = -block_tables.shape[1] % pages_per_block
+    return jnp.pad(block_tables, ((0, 0), (0, missing)))
+
+
+class _Attend:
+    """The arguments of one call, with what both bodies derive from them."""
+
+    def __init__(
+        self, q, pages, block_tables, query_starts, kv_lens, lo, hi,
+        scale, tail_mask, soft_cap, sinks, value_width,
+    ) -> None:  # fmt: skip
+        tokens, q_heads, self.k_width = q.shape
+        self.kv_heads = pages.k.shape[1]
+        self.group = q_heads // self.kv_heads
+        self.v_width = value_width if pages.v is None else pages.v.shape[3]
+        self.dtype = decode_dtype(pages)
+        q = (q.astype(jnp.float32) * scale).astype(self.dtype)
+        self.q = q.reshape(tokens, self.kv_heads, self.group, self.k_width)
+        self.pages, self.block_tables, self.query_starts = pages, block_tables, query_starts
+        self.kv_lens, self.lo, self.hi = kv_lens, lo, hi
+        self.tail_mask, self.soft_cap = tail_mask, soft_cap
+        self.sinks = None if sinks is None else sinks.reshape(self.kv_heads, self.group)
+
+    def _block(self, tables: Array, c: Array, alive: Array) -> tuple[Array, Array]:
+        """Keys and values of block `c` of each table row, `[n, kv_heads, _BLOCK, width]`.
+
+        `alive[n, _BLOCK]` marks the slots that some row may see; the values elsewhere become zero,
+        so that whatever they hold cannot reach a result.
+        """
+        n, per_block = tables.shape[0], _BLOCK // self.pages.page_size
+        ids = jax.lax.dynamic_slice(tables, (0, c * per_block), (n, per_block))
+
+        def load(pool: Array) -> Array:
+            blocks = pool[ids].swapaxes(1, 2)
+            return decode(blocks.reshape(n, self.kv_heads, _BLOCK, pool.shape[3]))
+
+        k = load(self.pages.k)
+        v = k[..., : self.v_width] if self.pages.v is None else load(self.pages.v)
+        return k, jnp.where(alive[:, None, :, None], v, 0)
+
+    def _scores(self, q: Array, k: Array) -> Array:
+        """`[n, kv_heads, rows, keys]` from `[n, kv_heads, rows, d]` and `[n, kv_heads, keys, d]`."""
+        scores = jax.lax.dot_general(
+            q, k, (((3,), (3,)), ((0, 1), (0, 1))),
+            precision=jax.lax.Precision.HIGHEST if self.dtype == jnp.float32 else None,
+            preferred_element_type=jnp.float32,
+        )  # fmt: skip
+        return capped(scores, self.soft_cap)
+
+    def decode(self) -> tuple[Array, Array]:
+        """Sequences of one token; token t belongs to the last sequence that starts at or before t."""
+        tokens = self.q.shape[0]
+        owner = _owners(self.query_starts, tokens)
+        out, lse = self._decode_rows(
+            self.q, self.block_tables[owner], self.kv_lens[owner], self.lo, self.hi, self.tail_mask
+        )
+        return out.reshape(tokens, -1, self.v_width), lse.reshape(tokens, -1)
+
+    def _decode_rows(self, q, tables, kv_lens, lo, hi, tail_mask) -> tuple[Array, Array]:
+        """Row n of `q[n, kv_heads, group, d]` attends over row n of `tables`."""
+        n = q.shape[0]
+        if self.group == 1:  # a product of one row sums in another order than one of many
+            q = jnp.concatenate([q, q], axis=2)
+        hi = jnp.minimum(hi, kv_lens)
+        lo = jnp.where(lo < hi, lo, hi)
+        first = jnp.min(jnp.where(lo < hi, lo, jnp.iinfo(jnp.int32).max)) // _BLOCK
+
+        def body(c, state):
+            keys = c * _BLOCK + jnp.arange(_BLOCK, dtype=jnp.int32)
+            mask = visible(keys, lo, hi, kv_lens, tail_mask)
+            k, v = self._block(tables, c, mask)
+            scores = self._scores(q, k)
+            return absorb(state, scores, jnp.broadcast_to(mask[:, None, None], scores.shape), v)
+
+        state = start((n, self.kv_heads, q.shape[2]), self.v_width)
+        state = jax.lax.fori_loop(first, -(-jnp.max(hi) // _BLOCK), body, state)
+        state = jax.tree.map(lambda x: x[:, :, : self.group], state)
+        return finish(state, None if self.sinks is None else self.sinks[None])
+
+    def prefill(self) -> tuple[Array, Array]:
+        """Any mix: tiles for sequences of several tokens, the decode body for those of one."""
+        tokens, starts = self.q.shape[0], self.query_starts
+        lens = jnp.diff(starts)
+        single = lens == 1
+        tile = min(_TILE, tokens)
+        tiles = jnp.where(single, 0, -(-lens // tile))
+        bounds = jnp.cumulative_sum(tiles, include_initial=True)
+
+        padded = self._padded(tile)
+        out = jnp.zeros((tokens + tile, self.kv_heads, self.group, self.v_width), jnp.float32)
+        lse = jnp.zeros((tokens + tile, self.kv_heads, self.group), jnp.float32)
+
+        def body(j, carry):
+            s = jnp.searchsorted(bounds, j, side="right").astype(jnp.int32) - 1
+            first = starts[s] + (j - bounds[s]) * tile
+            o, e = self._tile(padded, s, first, tile)
+            # rows past the sequence are overwritten by the next tile, which starts right there
+            return (
+                jax.lax.dynamic_update_slice(carry[0], o, (first, 0, 0, 0)),
+                jax.lax.dynamic_update_slice(carry[1], e, (first, 0, 0)),
+            )
+
+        out, lse = jax.lax.fori_loop(0, bounds[-1], body, (out, lse))
+        out, lse = self._merge_singles(out, lse, single)
+        return out[:tokens].reshape(tokens, -1, self.v_width), lse[:tokens].reshape(tokens, -1)
+
+    def _padded(self, tile: int) -> tuple[Array, Array, Array, Array | None]:
+        """Queries, intervals and mask with `tile` rows more, so that a tile may start anywhere."""
+
+        def pad(x):
+            return jnp.pad(x, ((0, tile),) + ((0, 0),) * (x.ndim - 1))
+
+        mask = None if self.tail_mask is None else pad(self.tail_mask)
+        return pad(self.q), pad(self.lo), pad(self.hi), mask
+
+    def _tile(self, padded, s, first, tile: int) -> tuple[Array, Array]:
+        """Output and lse of the `tile` query rows from `first` on, all of sequence `s`."""
+        q, lo, hi, tail_mask = (
+            None if x is None else jax.lax.dynamic_slice_in_dim(x, first, tile) for x in padded
+        )
+        ours = first + jnp.arange(tile, dtype=jnp.int32) < self.query_starts[s + 1]
+        hi = jnp.where(ours, jnp.minimum(hi, self.kv_lens[s]), 0)
+        lo = jnp.where(ours & (lo < hi), lo, hi)
+        lowest = jnp.min(jnp.where(lo < hi, lo, jnp.iinfo(jnp.int32).max))
+        highest = jnp.max(hi)
+        rows = q.transpose(1, 0, 2, 3).reshape(1, self.kv_heads, tile * self.group, self.k_width)
+        table = jax.lax.dynamic_slice_in_dim(self.block_tables, s, 1)
+
+        def body(c, state):
+            keys = c * _BLOCK + jnp.arange(_BLOCK, dtype=jnp.int32)
+            alive = (keys >= lowest) & (keys < highest)
+            k, v = self._block(table, c, alive[None])
+            mask = visible(keys, lo, hi, self.kv_lens[s], tail_mask)
+            scores = self._scores(rows, k)
+            mask = jnp.broadcast_to(
+                mask[None, None, :, None], (1, self.kv_heads, tile, self.group, _BLOCK)
+            )
+            return absorb(state, scores, mask.reshape(scores.shape), v)
+
+        state = start((1, self.kv_heads, tile * self.group), self.v_width)
+        state = jax.lax.fori_loop(lowest // _BLOCK, -(-highest // _BLOCK), body, state)
+        sinks = self.sinks
+        if sinks is not None:
+            sinks = jnp.broadcast_to(sinks[:, None], (self.kv_heads, tile, self.group))
+            sinks = sinks.reshape(1, self.kv_heads, -1)
+        o, e = finish(state, sinks)
+        o = o.reshape(self.kv_heads, tile, self.group, self.v_width).swapaxes(0, 1)
+        return o, e.reshape(self.kv_heads, tile, self.group).swapaxes(0, 1)
+
+    def _merge_singles(self, out: Array, lse: Array, single: Array) -> tuple[Array, Array]:
+        """Adds the rows of the sequences that bring one token, through the decode body."""
+        at = jnp.minimum(self.query_starts[:-1], self.q.shape[0] - 1)
+        hi = jnp.where(single, self.hi[at], 0)
+        tail_mask = None if self.tail_mask is None else self.tail_mask[at]
+        o, e = self._decode_rows(
+            self.q[at], self.block_tables, self.kv_lens, self.lo[at], hi, tail_mask
+        )
+        at = jnp.where(single, at, out.shape[0])
+        return out.at[at].set(o, mode="drop"), lse.at[at].set(e, mode="drop")
+
+
+def _owners(query_starts: Array, tokens: int) -> Array:
+    """The sequence of each token; padding tokens take the last."""
+    t = jnp.arange(tokens, dtype=jnp.int32)
+    owner = jnp.searchsorted(query_starts, t, side="right").astype(jnp.int32) - 1
+    return jnp.clip(owner, 0, query_starts.shape[0] - 2)
