@@ -1,0 +1,1 @@
+"""The benchmark command line, `python -m benchmarks`: targets, runs, results and tables."""

@@ -1,0 +1,60 @@
+"""`python -m benchmarks COMMAND`: `engine` measures, `table` shows a results file."""
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+from rich.console import Console
+
+from kvjax.benchmarks import results
+
+COMMANDS = {  # name -> (module with `add_arguments` and `run`, help)
+    "engine": ("kvjax.benchmarks.engine", "kvjax and its peers with the same work, interleaved"),
+}
+
+
+class Command(Protocol):
+    """What a module in `COMMANDS` has."""
+
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None: ...
+
+    def run(self, args: argparse.Namespace) -> int: ...
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command; returns the exit status. Usage errors exit with 2."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for name, (module_name, text) in COMMANDS.items():
+        command = commands.add_parser(name, help=text, description=text)
+        module: Command = importlib.import_module(module_name)  # type: ignore[assignment]
+        module.add_arguments(command)
+        command.set_defaults(run=module.run)
+    table = commands.add_parser("table", help="a results file as markdown, or for the terminal")
+    table.add_argument("file", type=Path)
+    table.add_argument("--terminal", action="store_true", help="metrics down, targets across")
+    table.set_defaults(run=_table)
+    args = parser.parse_args(arguments)
+    try:
+        return args.run(args)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def _table(args: argparse.Namespace) -> int:
+    run = results.read(args.file)
+    if args.terminal:
+        console = Console()
+        for table in results.tables(run):
+            console.print(table)
+    else:
+        print(results.markdown(run), end="")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

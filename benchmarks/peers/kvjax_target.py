@@ -1,0 +1,40 @@
+"""kvjax itself, as a user calls it."""
+# pyright: reportMissingImports=false
+
+from typing import Any
+
+
+class Target:
+    """`kvjax.LLM` with every bucket compiled at load (not for a start-up measurement)."""
+
+    packages = ("kvjax", "jax", "jaxlib", "flax", "numpy")
+
+    def __init__(
+        self,
+        model: str,
+        dtype: str,
+        warm_up: bool = True,
+        llm_options: dict[str, Any] | None = None,
+    ) -> None:
+        from kvjax import LLM
+
+        sizes = {"max_model_len": 4096, "max_num_seqs": 8, "max_num_batched_tokens": 512}
+        self.llm = LLM(model, **{"dtype": dtype, **sizes, **(llm_options or {})})
+        if warm_up:
+            self.llm.warm_up()
+
+    def generate(self, prompts: list[list[int]], max_tokens: int) -> dict:
+        """Greedy; first-token times count from the arrival of each request."""
+        from kvjax import SamplingParams
+
+        params = SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=True)
+        outputs = self.llm.generate(prompts, params)
+        return {
+            "token_ids": [[int(t) for t in out.outputs[0].token_ids] for out in outputs],
+            "first_token_s": [out.metrics.time_to_first_token for out in outputs],
+            "cached_tokens": [int(out.num_cached_tokens) for out in outputs],
+        }
+
+    def reset(self) -> None:
+        """Empties the prefix cache."""
+        self.llm.reset_prefix_cache()

