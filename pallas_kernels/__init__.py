@@ -9,7 +9,7 @@ from kvjax.pallas_kernels.dispatch import OPERATIONS, Operation
 from kvjax.pallas_kernels.linear import int8_linear, linear, quantise_rows
 from kvjax.pallas_kernels.page_ops import LayerPages, copy_pages, gather_slots, write_slots
 from kvjax.pallas_kernels.paged_attention import paged_attention
-from kvjax.pallas_kernels.reductions import row_mean_square, row_sum
+from kvjax.pallas_kernels.reductions import row_mean_square, row_sum, steady_exp
 
 __all__ = [
     "OPERATIONS",
@@ -23,5 +23,6 @@ __all__ = [
     "quantise_rows",
     "row_mean_square",
     "row_sum",
+    "steady_exp",
     "write_slots",
 ]

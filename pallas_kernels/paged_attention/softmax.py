@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
-from kvjax.pallas_kernels.reductions import row_sum
+from kvjax.pallas_kernels.reductions import row_sum, steady_exp
 
 NEVER = -1e30
 
@@ -65,8 +65,8 @@ def absorb(
     """Takes one block of keys into the running softmax. `values` of unseen keys must be finite."""
     scores = jnp.where(mask, scores, NEVER)
     m = jnp.maximum(state.m, jnp.max(scores, axis=-1, keepdims=True))
-    p = jnp.where(mask, jnp.exp(scores - m), 0.0)
-    fade = jnp.exp(state.m - m)
+    p = jnp.where(mask, steady_exp(scores - m), 0.0)
+    fade = steady_exp(state.m - m)
     added = _weighted_values(p.astype(values.dtype), values)
     return Softmax(m, state.l * fade + row_sum(p)[..., None], state.acc * fade + added)
 
@@ -103,8 +103,8 @@ def finish(state: Softmax, sinks: Float[Array, "*b rows"] | None) -> tuple[Array
     m, l, acc = state
     if sinks is not None:
         top = jnp.maximum(m, sinks[..., None])
-        fade = jnp.exp(m - top)
-        m, l, acc = top, l * fade + jnp.exp(sinks[..., None] - top), acc * fade
+        fade = steady_exp(m - top)
+        m, l, acc = top, l * fade + steady_exp(sinks[..., None] - top), acc * fade
     out = acc / jnp.where(l == 0.0, 1.0, l)
     lse = jnp.where(l == 0.0, -jnp.inf, m + jnp.log(jnp.where(l == 0.0, 1.0, l)))
     return out, lse[..., 0]
