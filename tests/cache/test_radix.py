@@ -239,6 +239,18 @@ def test_a_locked_path_survives_and_goes_after_the_unlock(cache):
         cache.tree.unlock(match.node)
 
 
+def test_a_locked_leaf_survives_under_a_policy_that_wants_it_gone():
+    cache = Cache(policy=MostRecent())
+    cache.store("abcd")
+    cache.store("zzzz")
+    match = cache.match("abcd")
+    cache.tree.lock(match.node)
+    assert cache.tree.evict(1) == 1
+    assert (cache.length("abcd"), cache.length("zzzz")) == (4, 0)
+    cache.tree.unlock(match.node)
+    assert cache.tree.evict(1) == 1
+
+
 def test_a_node_that_left_the_tree_cannot_be_locked(cache):
     cache.store("abcd")
     match = cache.match("abcd")
@@ -359,7 +371,7 @@ def test_the_eviction_queue_stays_proportional_to_the_tree():
 
 
 NUM_PAGES = 20
-TEXTS = st.lists(st.integers(0, 1), min_size=1, max_size=14)
+TEXTS = st.lists(st.integers(0, 1), min_size=1, max_size=9)
 NAMESPACES = st.sampled_from(["red", "blue"])
 
 
@@ -476,6 +488,17 @@ class TreeAgainstSlots(RuleBasedStateMachine):
         self.running.append(request)
         self._write(request, prompt[match.num_tokens :])
 
+    @precondition(lambda self: self.stored)
+    @rule(data=st.data(), suffix=TEXTS, branches=st.integers(1, 3), insert=st.booleans())
+    def branch_off(self, data, suffix, branches, insert):
+        """Requests that leave a cached prefix at some token, side by side."""
+        namespace, prefix = data.draw(st.sampled_from(sorted(self.stored)))
+        for branch in range(branches):
+            if len(self.running) < 5:
+                self.start(namespace, [*prefix, branch, *suffix], lock=False)
+                if insert:
+                    self._insert(self.running[-1], len(self.running[-1].tokens))
+
     @precondition(lambda self: self.running)
     @rule(data=st.data(), tokens=TEXTS)
     def decode(self, data, tokens):
@@ -533,10 +556,12 @@ class TreeAgainstSlots(RuleBasedStateMachine):
         namespace, prefix = data.draw(st.sampled_from(sorted(self.stored)))
         self._check_match(namespace, prefix)
 
+    @precondition(lambda self: len(self.stored) > 12)
     @rule(num_pages=st.integers(0, NUM_PAGES))
     def evict(self, num_pages):
         self._evict(num_pages)
 
+    @precondition(lambda self: len(self.stored) > 20)
     @rule(namespace=st.sampled_from([None, "red", "blue"]))
     def reset(self, namespace):
         free = self.pool.num_free
@@ -548,6 +573,7 @@ class TreeAgainstSlots(RuleBasedStateMachine):
             assert all(entry[0] != namespace for entry in self.stored)
             assert namespace is not None or self.tree.num_cached_tokens == 0
 
+    @precondition(lambda self: len(self.stored) > 25)
     @rule()
     def lose_the_device(self):
         self.tree.clear()
@@ -580,4 +606,4 @@ class TreeAgainstSlots(RuleBasedStateMachine):
 
 
 TestTreeAgainstSlots = TreeAgainstSlots.TestCase
-TestTreeAgainstSlots.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
+TestTreeAgainstSlots.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
