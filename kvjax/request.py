@@ -253,9 +253,10 @@ _FLAGS = (
 def _integer(name: str, value: object, low: int, high: int) -> int:
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise ValueError(f"{name} must be an integer in [{low}, {high}], got {value!r}")
-    if not low <= value <= high:
+    number = int(value)
+    if not low <= number <= high:
         raise ValueError(f"{name} must be in [{low}, {high}], got {value}")
-    return int(value)
+    return number
 
 
 def _number(name: str, value: object, low: float, high: float, *, open_low: bool = False) -> float:

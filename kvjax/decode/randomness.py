@@ -1,4 +1,4 @@
-"""Random numbers that belong to a request: batch mates, preemption and caches cannot change them."""
+"""Random numbers that belong to a request: batch mates and preemption cannot change them."""
 
 import enum
 
@@ -41,7 +41,7 @@ def request_keys(
 def gumbel_noise(keys: Key[Array, " rows"], size: int) -> Float[Array, "rows size"]:
     """Standard Gumbel noise, `size` values per key, with all 32 random bits in the upper tail.
 
-    `argmax(logits + noise)` is a draw from `softmax(logits)`. (`jax.random.gumbel` has 23 bits there:
+    `argmax(logits + noise)` is a draw from `softmax(logits)`. (`jax.random.gumbel` has 23 bits:
     it cannot exceed 16, which is felt with 10^5 tokens.)
     """
     bits = jax.vmap(lambda key: jax.random.bits(key, (size,), jnp.uint32))(keys)

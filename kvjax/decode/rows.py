@@ -89,8 +89,8 @@ def pack_rows(
         return out
 
     params = [request.params for request in requests]
-    stop_ids = np.full((num_rows, NUM_STOP_IDS), -1, np.int32)
-    ban_stops = np.zeros(num_rows, np.bool_)
+    stop_ids: Any = np.full((num_rows, NUM_STOP_IDS), -1, np.int32)
+    ban_stops: Any = np.zeros(num_rows, np.bool_)
     for row, request in enumerate(requests):
         if request.num_output_tokens < request.params.min_tokens:
             banned = tuple(request.params.stop_token_ids or ()) + request.end_token_ids

@@ -210,9 +210,7 @@ def register_stage(stage: LogitStage, *, before: str | None = None) -> None:
 
 def stage_arguments() -> dict[str, float]:
     """Names that the registered stages read from `extra_args`, with defaults (for `pack_rows`)."""
-    return {
-        name: default for stage in LOGIT_STAGES for name, default in stage.arguments.items()
-    }
+    return {name: default for stage in LOGIT_STAGES for name, default in stage.arguments.items()}
 
 
 def process_logits(

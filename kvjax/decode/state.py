@@ -107,7 +107,9 @@ def seat_features(
 
 
 @partial(jax.jit, donate_argnames="state")
-def load_seat(state: DecodeState, seat: Int[Array, ""] | int, features: SeatFeatures) -> DecodeState:
+def load_seat(
+    state: DecodeState, seat: Int[Array, ""] | int, features: SeatFeatures
+) -> DecodeState:
     """Writes a seat's features before the request's first draw there. Consumes `state`."""
     return DecodeState(
         last_tokens=state.last_tokens,

@@ -1,4 +1,4 @@
-"""The sampling pipeline spelled out for one row in float64: what the device code must agree with."""
+"""The sampling pipeline spelled out for one row in float64: what the device must agree with."""
 
 import numpy as np
 

@@ -92,6 +92,7 @@ def test_a_step_and_a_load_update_the_state_in_place():
     loading = load_seat.lower(state, 0, seat_features(PLAIN, vocab)).compile()
     for compiled in (step, loading):
         memory = compiled.memory_analysis()
+        assert memory is not None
         assert memory.alias_size_in_bytes >= size
         assert memory.temp_size_in_bytes < 0.1 * size  # a copied array would be 0.2 at least
 

@@ -12,10 +12,10 @@ from kvjax.decode import Purpose, gumbel_noise, request_keys, uniform_noise
 
 def keys_of(seed, branch, position, purpose=Purpose.DRAW):
     return request_keys(
-        np.asarray([seed & 0xFFFFFFFF], np.uint32),
-        np.asarray([seed >> 32], np.uint32),
-        np.asarray([branch], np.int32),
-        np.asarray([position], np.int32),
+        jnp.asarray([seed & 0xFFFFFFFF], jnp.uint32),
+        jnp.asarray([seed >> 32], jnp.uint32),
+        jnp.asarray([branch], jnp.int32),
+        jnp.asarray([position], jnp.int32),
         purpose,
     )
 
@@ -25,9 +25,7 @@ def test_a_key_folds_branch_position_and_purpose_into_the_seed():
     for part in (3, 17, Purpose.RESAMPLE.value):
         expected = jax.random.fold_in(expected, part)
     mine = keys_of(42, 3, 17, Purpose.RESAMPLE)
-    np.testing.assert_array_equal(
-        jax.random.key_data(mine)[0], jax.random.key_data(expected)
-    )
+    np.testing.assert_array_equal(jax.random.key_data(mine)[0], jax.random.key_data(expected))
 
 
 def test_every_part_of_the_key_changes_the_noise():
