@@ -73,10 +73,13 @@ def open(path: Path) -> GGUFCheckpoint:
     file = _file_of(path)
     assert file is not None, "detects() said so"
     header, metadata, stored = _read_header(file)
-    if metadata.get("split.count", 0) > 1:
+    if metadata.get("split.count", 0) not in (0, 1):
         raise UnsupportedModel(f"{file}: one part of a split file; merge the parts first")
     shapes = {name: tensor.shape for name, tensor in stored.items()}
-    config = hugging_face_config(file, metadata, shapes, lambda name: _read(stored[name]))
+    try:
+        config = hugging_face_config(file, metadata, shapes, lambda name: _read(stored[name]))
+    except (TypeError, ArithmeticError, LookupError) as error:
+        raise CorruptWeights(f"{file}: metadata of a wrong type or size ({error})") from error
     architecture = metadata["general.architecture"]
     readers = {}
     for name, tensor in stored.items():
@@ -138,6 +141,8 @@ def _read_header(file: Path) -> tuple[bytes, dict[str, Any], dict[str, _Stored]]
             raise CorruptWeights(f"{file}: header cut off or malformed ({error})") from error
         header = data[: cursor.position]
     alignment = metadata.get("general.alignment", 32)
+    if not isinstance(alignment, int) or alignment < 1:
+        raise CorruptWeights(f"{file}: alignment {alignment!r}")
     start = -(-cursor.position // alignment) * alignment
     stored = {info.name: _locate(file, size, start, info) for info in infos}
     return header, metadata, stored
@@ -197,9 +202,9 @@ def _read_value(cursor: _Cursor, kind: int) -> Any:
     if kind != _ARRAY:
         return cursor.numbers(_SCALARS[kind], 1)[0]
     kind, count = cursor.unpack("<I"), cursor.unpack("<Q")
-    if kind in _SCALARS:
-        return cursor.numbers(_SCALARS[kind], count)
-    return [_read_value(cursor, kind) for _ in range(count)]
+    if kind == _STRING:
+        return [cursor.string() for _ in range(count)]
+    return cursor.numbers(_SCALARS[kind], count)
 
 
 def _read_info(cursor: _Cursor) -> _Info:

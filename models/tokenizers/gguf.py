@@ -165,7 +165,11 @@ def _pair(merge: str) -> tuple[str, str]:
 def _merges_by_score(
     tokens: list[str], scores: list[float], types: list[int]
 ) -> list[tuple[str, str]]:
-    """All pairs of tokens that make up another one, in the order in which they are merged."""
+    """All pairs of tokens that make up another one, in the order in which they are merged.
+
+    SentencePiece merges the best score first and, of equal ones, the leftmost. Several pairs make
+    the same token only in runs of one character, where leftmost means: longest left part first.
+    """
     ids = {token: i for i, token in enumerate(tokens)}
     ranked = []
     for i, token in enumerate(tokens):
@@ -174,9 +178,9 @@ def _merges_by_score(
         for cut in range(1, len(token)):
             left, right = ids.get(token[:cut]), ids.get(token[cut:])
             if left is not None and right is not None:
-                ranked.append((-scores[i], left, right))
+                ranked.append((-scores[i], -cut, left, right))
     ranked.sort()
-    return [(tokens[left], tokens[right]) for _, left, right in ranked]
+    return [(tokens[left], tokens[right]) for _, _, left, right in ranked]
 
 
 def _add_tokens(inner: tokenizers.Tokenizer, values: Mapping[str, Any], normalized: bool) -> None:
