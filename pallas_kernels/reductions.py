@@ -38,23 +38,40 @@ def row_mean_square(x: Float[Array, "*rows n"]) -> Float[Array, "*rows 1"]:
     return row_sum(x * x)[..., None] / x.shape[-1]
 
 
-_LN2_HIGH, _LN2_LOW = np.float32(0.693359375), np.float32(-2.12194440e-4)  # their sum is ln 2
+LN2_HIGH, LN2_LOW = np.float32(0.693359375), np.float32(-2.12194440e-4)  # their sum is ln 2
 _EXP_TERMS = (1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1)
 
 
-def steady_exp(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-    """Float32 `exp(x)` for `x <= 88`, to 1e-7 relative; 0 below -87. Bits depend on `x` alone.
+def exp_parts(x: Float[Array, "*shape"]) -> tuple[Float[Array, "*shape"], Float[Array, "*shape"]]:
+    """`(fraction, power)` with `exp(x) = fraction * 2**power`, a whole power, fraction in [0.7, 1.42].
 
     Range reduction by powers of two and a polynomial of degree 7 on [-ln 2 / 2, ln 2 / 2] (the
     coefficients of Cephes `expf`, Moshier 1987): multiplications and additions only, so no choice
     of library routine, and none of its vector width, enters the result.
     """
-    x = jnp.maximum(x, np.float32(-88))  # 2**-127 stands for zero below
     power = jnp.round(x * np.float32(1.4426950408889634))
-    r = (x - power * _LN2_HIGH) - power * _LN2_LOW
+    r = (x - power * LN2_HIGH) - power * LN2_LOW
     y = jnp.full_like(r, np.float32(1.9875691500e-4))
     for term in _EXP_TERMS:
         y = y * r + np.float32(term)
-    y = y * r * r + r + 1
-    exponent = power.astype(jnp.int32) + 127
-    return y * jax.lax.bitcast_convert_type(exponent << 23, jnp.float32)
+    return y * r * r + r + 1, power
+
+
+def power_of_two(n: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """Float32 `2**n` for whole `n <= 127`, exact; 0 below -126.
+
+    A product with it is exact, so it gives the same bits whether or not LLVM contracts it with an
+    addition behind it, which it decides differently for a vector and for its scalar remainder.
+    """
+    n = jnp.maximum(n, np.float32(-127)).astype(jnp.int32)
+    return jax.lax.bitcast_convert_type((n + 127) << 23, jnp.float32)
+
+
+def steady_exp(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """Float32 `exp(x)` for `x <= 88`, to 2e-7 relative; 0 below -87.7; NaN stays NaN.
+
+    Bits depend on `x` alone. (A product that is added to something may still be contracted: see
+    `power_of_two`.)
+    """
+    fraction, power = exp_parts(jnp.maximum(x, np.float32(-88)))  # 2**-127 stands for zero below
+    return fraction * power_of_two(power)
