@@ -76,9 +76,10 @@ def pull(name: str, *, verify: bool = False, progress: Progress | None = None) -
     model = NAMED_MODELS[name]
     path = _path(name)
     if not verify and _is_stamped(path, model):
-        return path
+        return path  # without a lock, so that the cache may be read-only
     with _locked(name):
-        if not (_is_stamped(path, model) and not verify) and not _is_whole(path, model):
+        another_did = not verify and _is_stamped(path, model)
+        if not another_did and not _is_whole(path, model):
             _fetch(model, path, progress)
     return path
 

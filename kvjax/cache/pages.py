@@ -1,0 +1,144 @@
+"""KV on the device: `KVSpec` says what a model keeps, `KVPages` holds it, `KVView` addresses it."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from kvjax.pallas_kernels import LayerPages, copy_pages
+
+KVKind = Literal["full", "sliding", "latent"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class KVGroup:
+    """Layers that keep the same kind of KV and are addressed by one view."""
+
+    kind: KVKind
+    layers: tuple[int, ...]
+    num_kv_heads: int
+    k_width: int
+    v_width: int  # 0: values are leading channels of the keys (latent)
+    dtype: str
+    window: int | None = None  # tokens a query sees, its own included; None is all
+
+    def page_shapes(self, num_pages: int, page_size: int) -> LayerPages:
+        """Shapes and storage dtypes of one layer's pages, as `jax.ShapeDtypeStruct`."""
+        dtype = storage_dtype(self.dtype)
+
+        def pool(width: int) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct((num_pages, self.num_kv_heads, page_size, width), dtype)
+
+        return LayerPages(pool(self.k_width), pool(self.v_width) if self.v_width else None)  # type: ignore[arg-type]
+
+
+def storage_dtype(dtype: str) -> jnp.dtype:
+    """What pages of `dtype` are held as: bfloat16 as its bits, so that XLA:CPU never converts a pool."""
+    if dtype not in ("float32", "bfloat16"):
+        raise ValueError(f"KV dtype must be float32 or bfloat16, got {dtype!r}")
+    return jnp.dtype(jnp.uint16 if dtype == "bfloat16" else dtype)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class KVSpec:
+    """What a model dictates about its cache. Hashable, so jit can take it as static."""
+
+    groups: tuple[KVGroup, ...]
+    page_size: int
+
+    def __post_init__(self) -> None:
+        if self.page_size < 16 or self.page_size & (self.page_size - 1):
+            raise ValueError(f"page_size must be a power of two from 16 on, got {self.page_size}")
+        layers = sorted(layer for group in self.groups for layer in group.layers)
+        if layers != list(range(len(layers))):
+            raise ValueError(f"groups must cover every layer once, got layers {layers}")
+
+    @property
+    def num_layers(self) -> int:
+        """Layers over all groups."""
+        return sum(len(group.layers) for group in self.groups)
+
+    @property
+    def group_of(self) -> tuple[int, ...]:
+        """Layer number to group number."""
+        table = {layer: g for g, group in enumerate(self.groups) for layer in group.layers}
+        return tuple(table[layer] for layer in range(self.num_layers))
+
+    def group_bytes(self, num_tokens: int) -> tuple[int, ...]:
+        """Bytes that the KV of `num_tokens` tokens takes in each group."""
+        return tuple(
+            num_tokens
+            * len(g.layers)
+            * g.num_kv_heads
+            * (g.k_width + g.v_width)
+            * storage_dtype(g.dtype).itemsize
+            for g in self.groups
+        )
+
+    def bytes(self, num_tokens: int) -> int:
+        """Bytes that the KV of `num_tokens` tokens takes."""
+        return sum(self.group_bytes(num_tokens))
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of one page over all layers."""
+        return self.bytes(self.page_size)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class KVPages:
+    """All layers' pages. Donated to, and returned by, every device function; nobody keeps a copy.
+
+    Page `p` of every group belongs to the same tokens, so one block table serves all groups.
+    """
+
+    layers: tuple[LayerPages, ...]
+
+    @staticmethod
+    def abstract(spec: KVSpec, num_pages: int) -> "KVPages":
+        """The pytree with `jax.ShapeDtypeStruct` leaves: sized before it exists."""
+        return KVPages(
+            tuple(
+                spec.groups[group].page_shapes(num_pages, spec.page_size) for group in spec.group_of
+            )
+        )
+
+    @staticmethod
+    def allocate(
+        spec: KVSpec,
+        num_pages: int,
+        sharding: Callable[[tuple[int, ...]], jax.sharding.Sharding] | None = None,
+    ) -> "KVPages":
+        """Zeroed pages; `sharding` maps a pool's shape to where it lies."""
+
+        def pool(leaf: jax.ShapeDtypeStruct) -> Array:
+            device = sharding(leaf.shape) if sharding else None
+            return jnp.zeros(leaf.shape, leaf.dtype, device=device)
+
+        return jax.tree.map(pool, KVPages.abstract(spec, num_pages))
+
+    @property
+    def num_pages(self) -> int:
+        """Pages in each pool."""
+        return self.layers[0].num_pages
+
+    def copied(self, src: Array, dst: Array) -> "KVPages":
+        """Pages `src[i]` copied to `dst[i]` in every layer; a `dst` of -1 is dropped."""
+        return KVPages(tuple(copy_pages(layer, src, dst) for layer in self.layers))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class KVView:
+    """Where one KV group keeps a batch: T query tokens of S sequences, P pages each at most."""
+
+    write_slots: Array  # i32[T]; -1: the token's KV is not written
+    visible_lo: Array  # i32[T]
+    visible_hi: Array  # i32[T]; an index, at most the sequence's kv_len
+    block_tables: Array  # i32[S, P]
+    kv_lens: Array  # i32[S]; slots written once this step's tokens are
+    tail_mask: Array | None = None  # u32[T, W / 32] over the last W keys

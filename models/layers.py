@@ -1,0 +1,210 @@
+"""Flax NNX modules that families share: linear maps, norms, attention over pages, gated MLP.
+
+Hidden states are float32 `[tokens, hidden]`; matrices are `[..., in]` in the weight dtype.
+"""
+
+from functools import partial
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float
+
+from kvjax.cache.pages import KVView
+from kvjax.models.loading import Loader
+from kvjax.models.rope import rotate
+from kvjax.models.sharding import Sharding
+from kvjax.pallas_kernels import (
+    LayerPages,
+    int8_linear,
+    linear,
+    paged_attention,
+    row_mean_square,
+    write_slots,
+)
+
+
+class Linear(nnx.Module):
+    """`x @ w.T + b`; `w` may have several output axes: `[*out, in]`. Float32 result."""
+
+    def __init__(
+        self,
+        load: Loader,
+        w,
+        axes: tuple[str | None, ...],
+        bias=None,
+    ) -> None:
+        weight, scale = load.weight(w, axes)
+        self.weight = nnx.Param(weight)
+        self.scale = None if scale is None else nnx.Param(scale)
+        self.bias = None if bias is None else nnx.Param(load.vector(bias, axes[:-1]))
+        self.pad_single_row = load.deterministic or load.dtype != "float32"
+
+    def __call__(self, x: Float[Array, "rows in_"]) -> Float[Array, "rows *out"]:
+        """Applies the map to each row."""
+        if self.scale is not None:
+            y = int8_linear(x, self.weight[...], self.scale[...])
+        else:
+            y = linear(x, self.weight[...], pad_single_row=self.pad_single_row)
+        return y if self.bias is None else y + self.bias[...]
+
+
+class RMSNorm(nnx.Module):
+    """Root-mean-square norm (arXiv 1910.07467) over the last axis, row-invariant, in float32."""
+
+    def __init__(self, load: Loader, name: str, width: int) -> None:
+        w = load.get(name, width).astype("float32")
+        self.weight = nnx.Param(load.vector(w + 1 if load.config.norm_plus_one else w))
+        self.eps = load.config.norm_eps
+
+    def __call__(self, x: Float[Array, "*rows width"]) -> Float[Array, "*rows width"]:
+        """Normalises each row."""
+        return x * jax.lax.rsqrt(row_mean_square(x) + self.eps) * self.weight[...]
+
+
+class Attention(nnx.Module):
+    """Grouped-query attention (arXiv 2305.13245). Queries, keys and values come of one product.
+
+    The fused matrix is `[kv_heads, group + 2, head_dim, hidden]`: for each KV head its queries,
+    its key and its value, so that splitting it by KV head splits all three alike.
+    """
+
+    def __init__(self, load: Loader, prefix: str, layer: int) -> None:
+        c = load.config
+        d, group = c.head_dim, c.num_heads // c.num_kv_heads
+        q, k, v = (
+            load.get(f"{prefix}.{name}_proj.weight", heads * d, c.hidden_size)
+            for name, heads in (("q", c.num_heads), ("k", c.num_kv_heads), ("v", c.num_kv_heads))
+        )
+        biases = None
+        if c.qkv_bias:
+            biases = _fuse_heads(
+                *(
+                    load.get(f"{prefix}.{name}_proj.bias", heads * d)
+                    for name, heads in (
+                        ("q", c.num_heads), ("k", c.num_kv_heads), ("v", c.num_kv_heads),
+                    )
+                ),
+                c.num_kv_heads, group, d,
+            )  # fmt: skip
+        qkv = _fuse_heads(q, k, v, c.num_kv_heads, group, d)
+        self.qkv = Linear(load, qkv, ("kv_heads", None, None, None), biases)
+        o = load.get(f"{prefix}.o_proj.weight", c.hidden_size, c.num_heads * d)
+        o = o.reshape(c.hidden_size, c.num_kv_heads, group * d)
+        self.o = OutputProjection(
+            load, o, load.get(f"{prefix}.o_proj.bias", c.hidden_size) if c.o_bias else None
+        )
+        self.q_norm = RMSNorm(load, f"{prefix}.q_norm.weight", d) if c.qk_norm else None
+        self.k_norm = RMSNorm(load, f"{prefix}.k_norm.weight", d) if c.qk_norm else None
+        self.group = group
+        self.scale, self.soft_cap = c.scale, c.attention_soft_cap
+        self.rotates = c.rotates(layer)
+        self.sharding = load.sharding
+
+    def __call__(
+        self,
+        x: Float[Array, "tokens hidden"],
+        pages: LayerPages,
+        cos_sin: Float[Array, "tokens 2 half"],
+        query_starts: Array,
+        view: KVView,
+        max_query_len: int | None,
+    ) -> tuple[Array, LayerPages]:
+        """Writes the tokens' KV to their slots, then attends. Consumes `pages`."""
+        qkv = self.qkv(x)  # [tokens, kv_heads, group + 2, d]
+        tokens, kv_heads, _, d = qkv.shape
+        q, k, v = qkv[:, :, : self.group], qkv[:, :, self.group], qkv[:, :, self.group + 1]
+        q = q.reshape(tokens, kv_heads * self.group, d)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if self.rotates:
+            q, k = rotate(q, cos_sin), rotate(k, cos_sin)
+        attend = partial(_write_and_attend, scale=self.scale, soft_cap=self.soft_cap,
+                         max_query_len=max_query_len)  # fmt: skip
+        out, pages = _over_heads(self.sharding, attend, kv_heads)(
+            q, k, v, pages, query_starts, view
+        )
+        return self.o(out.reshape(tokens, kv_heads, self.group * d)), pages
+
+
+class OutputProjection(nnx.Module):
+    """`[tokens, kv_heads, group * d]` back to the hidden width, contracting heads and channels."""
+
+    def __init__(self, load: Loader, w, bias) -> None:
+        flat = w.reshape(w.shape[0], -1)
+        self.linear = Linear(load, flat, (None, _if_splits(load, "kv_heads", w.shape[1])), None)
+        self.bias = None if bias is None else nnx.Param(load.vector(bias))
+
+    def __call__(self, x: Float[Array, "tokens heads d"]) -> Float[Array, "tokens hidden"]:
+        """Applies the map to each token."""
+        y = self.linear(x.reshape(x.shape[0], -1))
+        return y if self.bias is None else y + self.bias[...]
+
+
+class MLP(nnx.Module):
+    """Gated MLP (arXiv 2002.05202): `down(activation(gate(x)) * up(x))`, gate and up in one product."""
+
+    def __init__(self, load: Loader, prefix: str) -> None:
+        c = load.config
+        h, i = c.hidden_size, c.intermediate_size
+        names = ("gate_proj", "up_proj")
+        gate_up = _stack([load.get(f"{prefix}.{n}.weight", i, h) for n in names])
+        bias = _stack([load.get(f"{prefix}.{n}.bias", i) for n in names]) if c.mlp_bias else None
+        down = load.get(f"{prefix}.down_proj.weight", h, i)
+        down_bias = load.get(f"{prefix}.down_proj.bias", h) if c.mlp_bias else None
+        self.gate_up = Linear(load, gate_up, (None, "mlp", None), bias)
+        self.down = Linear(load, down, (None, "mlp"), down_bias)
+        self.activation = c.activation
+
+    def __call__(self, x: Float[Array, "tokens hidden"]) -> Float[Array, "tokens hidden"]:
+        """Applies the MLP to each token."""
+        gate_up = self.gate_up(x)
+        gate, up = gate_up[:, 0], gate_up[:, 1]
+        act = (
+            jax.nn.silu(gate) if self.activation == "silu" else jax.nn.gelu(gate, approximate=True)
+        )
+        return self.down(act * up)
+
+
+def _write_and_attend(
+    q, k, v, pages, query_starts, view: KVView, *, scale, soft_cap, max_query_len
+) -> tuple[Array, LayerPages]:
+    pages = write_slots(pages, k, v, view.write_slots)
+    out = paged_attention(
+        q, pages, view.block_tables, query_starts, view.kv_lens, view.visible_lo, view.visible_hi,
+        scale=scale, soft_cap=soft_cap, tail_mask=view.tail_mask, max_query_len=max_query_len,
+    )  # fmt: skip
+    return out, pages
+
+
+def _over_heads(sharding: Sharding, fn, kv_heads: int):
+    """`fn(q, k, v, pages, query_starts, view)` on each device's own heads, or as it is."""
+    if sharding.mesh is None:
+        return fn
+    spec = sharding.spec((None, "kv_heads", None), (1, kv_heads, 1))
+    pool = P(None, *spec[1:2])
+    return jax.shard_map(
+        fn,
+        mesh=sharding.mesh,
+        in_specs=(spec, spec, spec, LayerPages(pool, pool), P(), P()),  # type: ignore[arg-type]
+        out_specs=(spec, LayerPages(pool, pool)),  # type: ignore[arg-type]
+        check_vma=False,
+    )
+
+
+def _fuse_heads(q, k, v, kv_heads: int, group: int, d: int):
+    """`[kv_heads, group + 2, d, ...]` from three arrays whose leading axis is heads * d."""
+    parts = [a.reshape(kv_heads, n, d, *a.shape[1:]) for a, n in ((q, group), (k, 1), (v, 1))]
+    return np.concatenate(parts, axis=1)
+
+
+def _stack(arrays):
+    return np.stack(arrays)
+
+
+def _if_splits(load: Loader, axis: str, size: int) -> str | None:
+    """`axis` where the mesh divides `size` of it (the flattened axis then splits alike)."""
+    if load.sharding.mesh is None:
+        return None
+    return axis if load.sharding.spec((axis,), (size,))[0] else None

@@ -1,0 +1,88 @@
+"""Llama 2 and 3.x, SmolLM2 and Mistral: the plain decoder. Other families start from its reading."""
+
+from typing import Any
+
+from kvjax.errors import UnsupportedModel
+from kvjax.models.config import ModelConfig, RopeConfig
+
+_SCALINGS = {"default": "none", "none": "none", "su": "longrope"}
+
+
+def config(hf: dict[str, Any]) -> ModelConfig:
+    """`ModelConfig` of a Hugging Face `config.json` with `model_type` "llama" or "mistral"."""
+    return ModelConfig(**fields(hf))
+
+
+def fields(hf: dict[str, Any]) -> dict[str, Any]:
+    """The fields that most families share, as keyword arguments of `ModelConfig`."""
+    heads, layers = hf["num_attention_heads"], hf["num_hidden_layers"]
+    head_dim = hf.get("head_dim") or hf["hidden_size"] // heads
+    window = hf.get("sliding_window")
+    eos = hf.get("eos_token_id")
+    return {
+        "architecture": hf["model_type"],
+        "vocab_size": hf["vocab_size"],
+        "hidden_size": hf["hidden_size"],
+        "intermediate_size": hf["intermediate_size"],
+        "num_layers": layers,
+        "num_heads": heads,
+        "num_kv_heads": hf.get("num_key_value_heads") or heads,
+        "head_dim": head_dim,
+        "max_position": hf["max_position_embeddings"],
+        "norm_eps": hf["rms_norm_eps"],
+        "rope": rope(hf, int(head_dim * hf.get("partial_rotary_factor", 1.0))),
+        "windows": (window,) * layers if window and hf.get("use_sliding_window", True) else (),
+        "tie_embeddings": bool(hf.get("tie_word_embeddings", False)),
+        "qkv_bias": bool(hf.get("attention_bias", False)),
+        "o_bias": bool(hf.get("attention_bias", False)),
+        "mlp_bias": bool(hf.get("mlp_bias", False)),
+        "activation": activation(hf.get("hidden_act", "silu")),
+        "bos_token_id": hf.get("bos_token_id"),
+        "eos_token_ids": tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,),
+    }
+
+
+def activation(name: str) -> str:
+    """Our name of a Hugging Face activation."""
+    if name in ("silu", "swish"):
+        return "silu"
+    if name in ("gelu_pytorch_tanh", "gelu_new"):
+        return "gelu_tanh"
+    raise UnsupportedModel(f"activation {name!r}; supported are silu and gelu_pytorch_tanh")
+
+
+def rope(
+    hf: dict[str, Any], rotary_dim: int, parameters: dict[str, Any] | None = None
+) -> RopeConfig:
+    """Rotary settings from `rope_parameters` (transformers 5) or `rope_theta` + `rope_scaling` (4)."""
+    p = parameters or hf.get("rope_parameters") or hf.get("rope_scaling") or {}
+    kind = p.get("rope_type") or p.get("type") or "default"
+    scaling = _SCALINGS.get(kind, kind)
+    if scaling not in ("none", "linear", "dynamic", "llama3", "yarn", "longrope"):
+        raise UnsupportedModel(f"rope scaling {kind!r} is not known")
+    max_position = hf["max_position_embeddings"]
+    original = (
+        p.get("original_max_position_embeddings")
+        or hf.get("original_max_position_embeddings")
+        or max_position
+    )
+    factor = p.get("factor")
+    if factor is None:
+        factor = max_position / original if scaling == "longrope" else 1.0
+    return RopeConfig(
+        theta=float(p.get("rope_theta") or hf.get("rope_theta") or 10_000.0),
+        rotary_dim=rotary_dim,
+        scaling=scaling,  # type: ignore[arg-type]
+        factor=float(factor),
+        original_max_position=original,
+        low_freq_factor=float(p.get("low_freq_factor", 1.0)),
+        high_freq_factor=float(p.get("high_freq_factor", 4.0)),
+        beta_fast=float(p.get("beta_fast") or 32.0),
+        beta_slow=float(p.get("beta_slow") or 1.0),
+        attention_factor=p.get("attention_factor"),
+        mscale=p.get("mscale"),
+        mscale_all_dim=p.get("mscale_all_dim"),
+        truncate=bool(p.get("truncate", True)),
+        short_factor=tuple(p.get("short_factor") or ()),
+        long_factor=tuple(p.get("long_factor") or ()),
+    )
