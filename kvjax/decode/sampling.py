@@ -12,7 +12,7 @@ from kvjax.decode.randomness import Purpose, gumbel_noise, request_keys
 from kvjax.decode.rows import SamplingRows
 from kvjax.decode.stages import LOGIT_STAGES, LogitStage, process_logits
 from kvjax.decode.state import DecodeState, record_tokens
-from kvjax.pallas_kernels import row_sum
+from kvjax.pallas_kernels import row_sum, steady_exp
 from kvjax.request import MAX_LOGPROBS
 
 
@@ -93,7 +93,7 @@ def token_logprobs(
 ) -> tuple[Float[Array, " rows"], Int[Array, " rows"], Float[Array, " rows"]]:
     """`log_softmax(logits)` at `tokens`, the tokens' ranks, and each row's log-sum-exp."""
     top = jnp.max(logits, axis=1, keepdims=True)
-    log_sum = top[:, 0] + jnp.log(row_sum(jnp.exp(logits - top)))
+    log_sum = top[:, 0] + jnp.log(row_sum(steady_exp(logits - top)))
     chosen = jnp.take_along_axis(logits, tokens[:, None], axis=1)
     ranks = 1 + jnp.sum(logits > chosen, axis=1, dtype=jnp.int32)
     return chosen[:, 0] - log_sum, ranks, log_sum

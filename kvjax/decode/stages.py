@@ -27,8 +27,9 @@ class LogitStage(Protocol):
     """One edit of the logits. Stateless; runs inside the jitted step.
 
     What `apply` returns is used for the wanted rows only, and it is skipped when no row wants it.
-    It must compute a row from that row alone, and sum over the vocabulary with `row_sum` only:
-    then a request draws the same tokens whatever is batched with it.
+    It must compute a row from that row alone, sum over the vocabulary with `row_sum` and take
+    exponentials with `steady_exp` (both of `kvjax.pallas_kernels`): then a request draws the same
+    tokens whatever is batched with it.
     """
 
     @property

@@ -6,14 +6,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from kvjax.pallas_kernels import row_sum
+from kvjax.pallas_kernels import row_sum, steady_exp
 
 
 def keep_min_p(
     logits: Float[Array, "rows vocab"], min_p: Float[Array, " rows"]
 ) -> Float[Array, "rows vocab"]:
     """Keeps tokens at least `min_p` times as likely as the most likely one; others get -inf."""
-    unlikely = jnp.exp(logits - _finite_max(logits)) < min_p[:, None]
+    unlikely = steady_exp(logits - _finite_max(logits)) < min_p[:, None]
     return jnp.where(unlikely, -jnp.inf, logits)
 
 
@@ -35,7 +35,7 @@ def keep_top_p(
 
     Exact up to the rounding of the sum (about 1e-6 of the whole).
     """
-    weights = jnp.exp(logits - _finite_max(logits))
+    weights = steady_exp(logits - _finite_max(logits))
     target = top_p * row_sum(weights)
 
     def enough(threshold: Array) -> Array:
