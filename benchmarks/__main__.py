@@ -7,8 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
-from rich.console import Console
-
 from kvjax.benchmarks import results
 
 COMMANDS = {  # name -> (module with `add_arguments` and `run`, help)
@@ -48,9 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _table(args: argparse.Namespace) -> int:
     run = results.read(args.file)
     if args.terminal:
-        console = Console()
-        for table in results.tables(run):
-            console.print(table)
+        results.show(run)
     else:
         print(results.markdown(run), end="")
     return 0

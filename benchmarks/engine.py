@@ -153,8 +153,7 @@ def run(args: argparse.Namespace) -> int:
         return 130
     finally:
         signal.signal(signal.SIGTERM, previous)
-        for table in results.tables(out.as_json()):
-            console.print(table)
+        results.show(out.as_json())
         console.print(f"results: {out.path}", markup=False)
     return 1 if out.errors else 0
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
+from kvjax.benchmarks import manifest
 from kvjax.benchmarks.cases import CASES, START_UP, Sizes, common_length, warm_up
 from kvjax.benchmarks.prompts import TokenStream
 from kvjax.benchmarks.results import Results
@@ -96,6 +97,29 @@ def run(
         out.save()
 
 
+class _OtherCores:
+    """Measures how many cores everything but `worker` uses during the block (Linux)."""
+
+    def __init__(self, worker: Worker) -> None:
+        self.worker = worker
+        self.values: dict[str, float] = {}
+
+    def __enter__(self) -> "_OtherCores":
+        self._before = self._read()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        after = self._read()
+        if self._before is not None and after is not None:
+            seconds = after[0] - self._before[0]
+            cores = (after[1] - self._before[1]) / max(seconds, 1e-9)
+            self.values = {"other_cores": max(0.0, cores)}
+
+    def _read(self) -> tuple[float, float] | None:
+        busy = manifest.busy_seconds()
+        return None if busy is None else (time.monotonic(), busy - self.worker.cpu_seconds())
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Part:
     """The run of one dtype."""
@@ -171,11 +195,12 @@ class _Part:
                 with worker.running():
                     worker.generate([untimed[-1]], 2)  # caches and threads come back, untimed
                     worker.reset()
-                    measured = CASES[case].measure(worker, prompts, self.plan.sizes)
+                    with _OtherCores(worker) as others:
+                        measured = CASES[case].measure(worker, prompts, self.plan.sizes)
             except _ERRORS as error:
                 self.fail(worker.target, case, round_, error)
             else:
-                self.add(worker.target, round_, measured.values)
+                self.add(worker.target, round_, {**measured.values, **others.values})
                 if measured.token_ids is not None:
                     tokens[worker.target.name] = measured.token_ids
         names = [w.target.name for w in workers if w.target.name in tokens]
@@ -205,15 +230,16 @@ class _Part:
         return Worker(target, timeout_s=self.plan.timeout_s, log=log, extra_env=env)
 
     def add(self, target: Target, round_: int | None, values: Mapping[str, float]) -> None:
-        """Keeps values on disk and says them."""
+        """Keeps values on disk, then says them."""
         for metric, value in values.items():
             self.out.add(target.name, self.dtype, metric, value)
+        self.out.save()
+        for metric, value in values.items():
             turn = "" if round_ is None else f" round {round_ + 1}"
             self.say(f"{self.dtype} {target.name} {metric}{turn}: {value:.3f}")
-        self.out.save()
 
     def fail(self, target: Target, case: str, round_: int | None, error: Exception) -> None:
         """Keeps an error on disk and says it."""
         self.out.fail(target.name, self.dtype, case, round_, error)
-        self.say(f"{self.dtype} {target.name} {case} failed: {error}")
         self.out.save()
+        self.say(f"{self.dtype} {target.name} {case} failed: {error}")

@@ -75,6 +75,16 @@ def machine() -> dict[str, Any]:
     }
 
 
+def busy_seconds() -> float | None:
+    """CPU time all processes of the machine have used so far; None where it is not known."""
+    try:
+        fields = Path("/proc/stat").read_text().splitlines()[0].split()[1:]
+    except OSError:
+        return None
+    user, nice, system, _idle, _iowait, irq, softirq, steal = map(int, fields[:8])
+    return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
+
+
 def hash_ids(ids: Sequence[int]) -> str:
     """SHA-256 of token ids written as decimal numbers with spaces between them."""
     return hashlib.sha256(" ".join(map(str, ids)).encode()).hexdigest()

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
 from rich.table import Table
 
 VERSION = 1
@@ -35,6 +36,7 @@ METRICS: dict[str, Metric] = {
     "start_up_s": Metric("start-up", "s", False, 2),
     "load_s": Metric("load and warm-up", "s", False, 2),
     "peak_rss_mib": Metric("peak memory", "MiB", False, 0),
+    "other_cores": Metric("CPUs used by others", "cores", False, 2),
     "same_tokens": Metric("tokens as the first target's", "tokens", True, 0),
 }
 
@@ -129,7 +131,8 @@ def markdown(run: Mapping[str, Any]) -> str:
         lines = [_line(head), _line(["---"] + ["---:"] * len(metrics))]
         lines += [_line([target, *row]) for target, row in table.items()]
         blocks.append("\n".join(lines))
-    blocks += [f"- {text}" for text in _error_lines(run)]
+    if run["errors"]:
+        blocks.append("\n".join(f"- {text}" for text in _error_lines(run)))
     blocks.append(provenance(run))
     return "\n\n".join(blocks) + "\n"
 
@@ -144,12 +147,21 @@ def tables(run: Mapping[str, Any]) -> list[Table]:
         )
         view.add_column("metric")
         for target in table:
-            view.add_column(target, justify="right")
+            view.add_column(target, justify="right", overflow="fold")
         for i, metric in enumerate(metrics):
             what = METRICS[metric]
             view.add_row(f"{what.heading}, {what.unit}", *(row[i] for row in table.values()))
         shown.append(view)
     return shown
+
+
+def show(run: Mapping[str, Any]) -> None:
+    """Prints `tables(run)`; 160 columns wide where there is no terminal."""
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=160)
+    for table in tables(run):
+        console.print(table)
 
 
 def provenance(run: Mapping[str, Any]) -> str:
@@ -159,7 +171,8 @@ def provenance(run: Mapping[str, Any]) -> str:
     return (
         f"Commit {manifest.get('commit', 'unknown')}, {manifest.get('started', 'unknown')}, "
         f"{machine.get('cpu', 'unknown CPU')}, {manifest.get('threads', '?')} threads, "
-        f"{manifest.get('rounds', '?')} rounds; median (min-max); run {run['status']}."
+        f"{manifest.get('rounds', '?')} rounds, load average before "
+        f"{manifest.get('load_average_before', ['?'])[0]}; median (min-max); run {run['status']}."
     )
 
 

@@ -116,15 +116,16 @@ def test_an_interruption_keeps_what_was_measured_and_says_so(tmp_path):
     assert not list(tmp_path.glob("*.partial"))
 
 
-def test_the_file_is_complete_after_every_measurement(tmp_path):
-    seen = []
+def test_what_is_said_is_already_on_disk(tmp_path):
+    said = []
 
     def look(text: str) -> None:
-        rows = json.loads((tmp_path / "run.json").read_text())["rows"]
-        seen.append(sum(len(row["values"]) for row in rows))
+        said.append(text)
+        run = json.loads((tmp_path / "run.json").read_text())
+        assert sum(len(row["values"]) for row in run["rows"]) >= len(said)
 
     measure(tmp_path, [fake("a")], plan(["prefill"], rounds=3), look)
-    assert seen == [0, 1, 2, 3, 4]  # said before it is saved: load, three rounds, memory
+    assert sum("prefill_tps" in text for text in said) == 3
 
 
 def test_start_up_counts_from_the_process_and_compiling_targets_start_twice(tmp_path):
