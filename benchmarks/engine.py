@@ -142,19 +142,17 @@ def run(args: argparse.Namespace) -> int:
     out = Results(args.out / f"engine-{stamp}.json", about)
     targets = {dtype: find_targets(args, dtype, gguf, env, out) for dtype in args.dtypes}
     for row in out.errors:
-        console.print(row["error"], markup=False, highlight=False)
+        console.out(row["error"], highlight=False)
     previous = signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     try:
-        interleave.run(
-            targets, plan, out, lambda text: console.print(text, markup=False, highlight=False)
-        )
+        interleave.run(targets, plan, out, lambda text: console.out(text, highlight=False))
     except KeyboardInterrupt:
         console.print("interrupted: what was measured is kept")
         return 130
     finally:
         signal.signal(signal.SIGTERM, previous)
         results.show(out.as_json())
-        console.print(f"results: {out.path}", markup=False)
+        console.out(f"results: {out.path}", highlight=False)
     return 1 if out.errors else 0
 
 

@@ -1,6 +1,7 @@
 import argparse
 import os
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from kvjax.benchmarks.engine import PeerNotInstalled
 from kvjax.benchmarks.peers import TARGETS, install, weights
 from kvjax.benchmarks.prompts import TokenStream, text
 from kvjax.benchmarks.results import Results
+from kvjax.benchmarks.workers import Target, Worker
 
 
 def parse(*arguments: str) -> argparse.Namespace:
@@ -87,6 +89,50 @@ def test_workers_and_installer_import_nothing_outside_the_standard_library_at_th
         ]
         modules = {line.split()[1].split(".")[0] for line in heads}
         assert modules <= sys.stdlib_module_names
+
+
+STUB = """
+import types
+class SamplingParams:
+    def __init__(self, max_tokens, temperature, ignore_eos):
+        assert (temperature, ignore_eos) == (0.0, True)
+        self.max_tokens = max_tokens
+class LLM:
+    def __init__(self, model, **options):
+        assert options == {"dtype": "float32", "max_model_len": 4096, "max_num_seqs": 4,
+                           "max_num_batched_tokens": 512}
+        self.warm = 0
+    def warm_up(self):
+        self.warm += 1
+    def reset_prefix_cache(self):
+        self.warm += 10
+    def generate(self, prompts, params):
+        new = types.SimpleNamespace(token_ids=[self.warm] * params.max_tokens)
+        times = types.SimpleNamespace(time_to_first_token=0.5)
+        out = types.SimpleNamespace(outputs=[new], metrics=times, num_cached_tokens=3)
+        return [out for _ in prompts]
+"""
+
+
+@pytest.mark.parametrize("warm_up", [True, False])
+def test_the_kvjax_target_calls_the_public_interface(tmp_path, warm_up):
+    (tmp_path / "kvjax").mkdir()
+    (tmp_path / "kvjax" / "__init__.py").write_text(STUB)
+    options = {"model": "m", "dtype": "float32", "llm_options": {"max_num_seqs": 4}}
+    target = Target(
+        name="kvjax",
+        python=Path(sys.executable),
+        file=TARGETS["kvjax"].file,
+        options=options,
+        env={"PYTHONPATH": str(tmp_path)},
+    )
+    with Worker(target) as worker:
+        worker.load(warm_up=warm_up)
+        worker.reset()
+        done = worker.generate([[1, 2], [3]], 2)
+    assert done.token_ids == [[10 + warm_up] * 2] * 2
+    assert done.first_token_s == [0.5, 0.5]
+    assert done.cached_tokens == [3, 3]
 
 
 def test_requirements_leave_out_torch_and_extras(tmp_path):
