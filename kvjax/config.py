@@ -1,7 +1,9 @@
-"""The one place that reads the environment."""
+"""How an engine is set up, and the one place that reads the environment."""
 
+import dataclasses
 import os
 from pathlib import Path
+from typing import Literal
 
 
 def cache_dir() -> Path:
@@ -13,3 +15,52 @@ def cache_dir() -> Path:
         return Path(own).expanduser()
     shared = os.environ.get("XDG_CACHE_HOME")
     return (Path(shared) if shared else Path.home() / ".cache") / "kvjax"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """Sizes and switches of one engine. Validated once; every message names value and limit."""
+
+    dtype: Literal["float32", "bfloat16", "int8"] = "bfloat16"
+    max_model_len: int | None = None  # tokens, prompt and output; None: the model's own context
+    max_num_seqs: int = 8  # sequences in one step
+    max_num_batched_tokens: int = 512  # tokens in one step
+    page_size: int = 16  # KV slots per page
+    kv_cache_memory: int | None = None  # bytes; None: by memory_utilization
+    memory_utilization: float = 0.9  # of the accelerator's memory; a quarter of it on CPU
+    enable_prefix_caching: bool = True
+    eviction_policy: str = "lru"
+    deterministic: bool = False  # one row of float32 costs as much as two, and bits stop depending
+    overlap: bool = True  # plan and dispatch the next step before this one's tokens are read
+    compilation_cache: bool = True
+    seed: int | None = None  # of requests that bring none; None: from the operating system
+
+    def __post_init__(self) -> None:
+        for name, least in (
+            ("max_num_seqs", 1),
+            ("max_num_batched_tokens", 16),
+            ("page_size", 16),
+            ("max_model_len", 2),
+            ("kv_cache_memory", 1),
+        ):
+            value = getattr(self, name)
+            if value is None and name in ("max_model_len", "kv_cache_memory"):
+                continue
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise ValueError(f"{name} must be an integer >= {least}, got {value!r}")
+        if self.page_size & (self.page_size - 1) or self.page_size > 256:
+            raise ValueError(f"page_size must be a power of two in 16..256, got {self.page_size}")
+        if self.max_num_batched_tokens < self.max_num_seqs:
+            raise ValueError(
+                f"max_num_batched_tokens={self.max_num_batched_tokens} must be at least "
+                f"max_num_seqs={self.max_num_seqs}"
+            )
+        if self.dtype not in ("float32", "bfloat16", "int8"):
+            raise ValueError(f"dtype must be float32, bfloat16 or int8, got {self.dtype!r}")
+        if not 0 < self.memory_utilization <= 1:
+            raise ValueError(f"memory_utilization must be in (0, 1], got {self.memory_utilization}")
+
+    @property
+    def kv_dtype(self) -> str:
+        """What keys and values are kept as."""
+        return "float32" if self.dtype == "float32" else "bfloat16"

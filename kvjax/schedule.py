@@ -1,0 +1,414 @@
+"""Which tokens the next step computes: continuous batching over pages, prefix tree and seats.
+
+Pure policy on host integers. `plan()` takes pages and seats and hands out a `StepPlan`; it never
+touches the device and never changes a token. A page has one writer: the sequence that allocated it.
+Others that share it (a fork, a prefix hit) copy it before their first write.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import numpy as np
+
+from kvjax.cache.pool import PagePool
+from kvjax.cache.radix import RadixTree
+from kvjax.errors import OutOfPages
+from kvjax.sequence import Sequence, Status
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Chunk:
+    """`tokens[start:stop]` of one sequence, computed this step."""
+
+    sequence: Sequence
+    start: int
+    stop: int
+    samples: bool  # the last token's logits give the next token
+    scores_prompt: bool  # every token's logits are wanted (prompt logprobs)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class StepPlan:
+    """One step. Copies happen before any token is computed; `loads` are seats to be set up."""
+
+    chunks: tuple[Chunk, ...]
+    copies: tuple[tuple[int, int], ...]  # (source page, destination page)
+    loads: tuple[Sequence, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens computed."""
+        return sum(chunk.stop - chunk.start for chunk in self.chunks)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Limits:
+    """What one step and one sequence may hold."""
+
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    max_model_len: int
+    max_scored_tokens: int  # rows of a step whose prompt logprobs are wanted
+
+
+class Scheduler:
+    """Owns the queues, the seats and the page accounting of one engine."""
+
+    def __init__(
+        self, pool: PagePool, tree: RadixTree | None, limits: Limits, clock: Callable[[], float]
+    ) -> None:
+        self.pool, self.tree, self.limits, self.clock = pool, tree, limits, clock
+        self.waiting: list[Sequence] = []
+        self.running: list[Sequence] = []
+        self.only: frozenset[Sequence] | None = None  # while a failure is being narrowed down
+        self.num_preemptions = 0
+        self._seats = list(range(limits.max_num_seqs - 1, -1, -1))
+
+    # ---- queues -----------------------------------------------------------------------------
+
+    def add(self, sequence: Sequence) -> None:
+        """Queues a sequence by priority, then arrival. It may bring pages (fork, parked)."""
+        sequence.status = Status.WAITING
+        at = len(self.waiting)
+        while at and self.waiting[at - 1].order > sequence.order:
+            at -= 1
+        self.waiting.insert(at, sequence)
+
+    def finish(self, sequence: Sequence) -> None:
+        """Takes a sequence off: what it computed enters the tree, its pages go back or are parked."""
+        if sequence in self.running:
+            self.running.remove(sequence)
+        if sequence in self.waiting:
+            self.waiting.remove(sequence)
+        self._free_seat(sequence)
+        sequence.status = Status.FINISHED
+        sequence.num_pending = 0
+        # The last token's KV may be computed by a step in flight; only what is kept counts.
+        sequence.num_computed = min(sequence.num_computed, len(sequence.tokens))
+        self._remember(sequence)
+        if not sequence.keeps_pages:
+            self.release(sequence)
+        else:
+            self._trim(sequence)
+
+    def release(self, sequence: Sequence) -> None:
+        """Gives up a sequence's pages; its tokens stay."""
+        self.pool.release(sequence.page_ids)
+        sequence.page_ids = []
+        sequence.num_computed = 0
+        sequence.owns_tail = True
+        self._unlock(sequence)
+
+    def fork(self, parent: Sequence, child: Sequence) -> None:
+        """Lets `child` share what `parent` has computed of their common tokens, but for the last.
+
+        No device work and no copy: the child copies a shared partial page when it first writes.
+        """
+        computed = min(parent.num_computed, len(child.tokens) - 1)
+        count = -(-computed // self.pool.page_size)
+        child.page_ids = list(parent.page_ids[:count])
+        self.pool.retain(child.page_ids)
+        child.num_computed = computed
+        child.owns_tail = False
+
+    def forget(self) -> None:
+        """The device lost every page: all sequences start over, the tree is empty."""
+        for sequence in list(self.running):
+            self._to_waiting(sequence)
+        for sequence in self.waiting:
+            self.release(sequence)
+        if self.tree is not None:
+            self.tree.clear()
+
+    @property
+    def has_work(self) -> bool:
+        """Whether any sequence is waiting or running."""
+        return bool(self.waiting or self.running)
+
+    # ---- planning ---------------------------------------------------------------------------
+
+    def plan(self) -> StepPlan:
+        """The next step; empty if nothing can run now (results are due, or no pages are free)."""
+        step = _Draft(self.limits.max_num_batched_tokens, self.limits.max_scored_tokens)
+        for sequence in sorted(self.running, key=lambda s: s.order):
+            if sequence.status is Status.RUNNING and self._allowed(sequence):
+                self._continue(sequence, step)
+        self._admit(step)
+        # Only now: a hit in the same step would copy a partial page before it is written.
+        for chunk in step.chunks:
+            if chunk.start < chunk.sequence.num_prompt:
+                self._remember(chunk.sequence)
+                self._fork_branches(chunk)
+        return StepPlan(tuple(step.chunks), tuple(step.copies), tuple(step.loads))
+
+    def _fork_branches(self, chunk: Chunk) -> None:
+        """Queues the other branches of a request (n > 1) once the first has computed the prompt."""
+        first = chunk.sequence
+        if first.branch == 0 and chunk.stop >= first.num_prompt:
+            for child in first.request.sequences[1:]:
+                if child.status is Status.DORMANT:
+                    self.fork(first, child)
+                    self.add(child)
+
+    def _allowed(self, sequence: Sequence) -> bool:
+        return self.only is None or sequence in self.only
+
+    def _continue(self, sequence: Sequence, step: "_Draft") -> None:
+        """Plans the next tokens of a running sequence, preempting others for pages if need be."""
+        todo = self._todo(sequence, step)
+        if todo == 0:
+            return
+        while not self._make_room(sequence, todo, step):
+            victim = max((s for s in self.running if s not in step.starts), key=lambda s: s.order)
+            self.preempt(victim)
+            if victim is sequence:
+                return
+        self._take(sequence, todo, step)
+
+    def _todo(self, sequence: Sequence, step: "_Draft") -> int:
+        """Tokens of `sequence` that this step can compute: what is known, or one on the device."""
+        known = len(sequence.tokens) - sequence.num_computed
+        if known <= 0:
+            due = sequence.num_output + sequence.num_pending
+            length = len(sequence.tokens) + sequence.num_pending
+            limit = sequence.request.params.max_tokens
+            if (limit is not None and due >= limit) or length >= self.limits.max_model_len:
+                return 0  # the last token is on its way
+            known = 1 if sequence.num_pending and sequence.request.samples else 0
+        todo = min(known, step.budget)
+        return min(todo, step.scored) if _scores_prompt(sequence) else todo
+
+    def _admit(self, step: "_Draft") -> None:
+        """Starts waiting sequences in order, while seats, budget and pages last."""
+        for sequence in list(self.waiting):
+            if not step.budget or not self._seats or step.deferred > 4 * self.limits.max_num_seqs:
+                return
+            if not self._allowed(sequence) or sequence.num_pending:
+                continue
+            if self._shares_with_prefill(sequence, step):
+                step.deferred += 1  # that prefill computes its prefix; soon it is a hit
+                continue
+            matched = not sequence.page_ids and self._match(sequence)
+            todo = self._todo(sequence, step)
+            whole = len(sequence.tokens) - sequence.num_computed
+            room = todo > 0 and self._make_room(sequence, whole, step, take=todo)
+            if todo and not room and not self.running and self._reclaim_waiting(sequence):
+                room = self._make_room(sequence, whole, step, take=todo)
+            if not room:
+                if matched:
+                    self.release(sequence)
+                return  # a smaller one behind must not overtake for ever
+            self._start(sequence, step)
+            self._take(sequence, todo, step)
+
+    def _start(self, sequence: Sequence, step: "_Draft") -> None:
+        """Moves a waiting sequence to a seat."""
+        self.waiting.remove(sequence)
+        self.running.append(sequence)
+        sequence.status = Status.RUNNING
+        sequence.seat = self._seats.pop()
+        if sequence.request.metrics.first_scheduled_time is None:
+            sequence.request.metrics.first_scheduled_time = self.clock()
+        if sequence.request.params.needs_seat_features:
+            step.loads.append(sequence)
+
+    def _take(self, sequence: Sequence, todo: int, step: "_Draft") -> None:
+        """Commits to computing `todo` tokens. Pages are there already."""
+        start, stop = sequence.num_computed, sequence.num_computed + todo
+        last = stop >= len(sequence.tokens)
+        scores = _scores_prompt(sequence)
+        samples = last and sequence.request.samples
+        step.chunks.append(Chunk(sequence, start, stop, samples, scores))
+        step.starts[sequence] = start
+        step.budget -= todo
+        if scores:
+            step.scored -= todo
+        sequence.num_computed = stop
+        if samples:
+            sequence.num_pending += 1
+
+    # ---- pages ------------------------------------------------------------------------------
+
+    def _make_room(
+        self, sequence: Sequence, needed: int, step: "_Draft", take: int | None = None
+    ) -> bool:
+        """Gets pages for the next `take` tokens if those for all `needed` could be had."""
+        size, have = self.pool.page_size, len(sequence.page_ids)
+        copies = self._must_copy(sequence)
+
+        def pages(tokens: int) -> int:
+            return max(0, -(-(sequence.num_computed + tokens) // size) - have) + copies
+
+        if not self._free(pages(needed)):
+            return False
+        fresh = self.pool.allocate(pages(needed if take is None else take))
+        if copies:
+            shared, own = sequence.page_ids[-1], fresh.pop(0)
+            step.copies.append((shared, own))
+            sequence.page_ids[-1] = own
+            self.pool.release([shared])
+        sequence.owns_tail = True
+        sequence.page_ids += fresh
+        return True
+
+    def _must_copy(self, sequence: Sequence) -> int:
+        """1 if the next token lands in a page that somebody else also uses or writes."""
+        if sequence.owns_tail or sequence.num_computed % self.pool.page_size == 0:
+            return 0
+        assert len(sequence.page_ids) == sequence.num_computed // self.pool.page_size + 1
+        return int(self.pool.ref_count(sequence.page_ids[-1]) > 1)
+
+    def _free(self, count: int) -> bool:
+        missing = count - self.pool.num_free
+        if missing > 0 and self.tree is not None:
+            self.tree.evict(missing)
+        return count <= self.pool.num_free
+
+    def _match(self, sequence: Sequence) -> bool:
+        """Takes over the longest cached prefix, if any. The last token is always computed."""
+        request = sequence.request
+        if (
+            self.tree is None
+            or request.params.skip_reading_prefix_cache
+            or _scores_prompt(sequence)
+        ):
+            return False
+        match = self.tree.match(request.namespace, sequence.tokens[: len(sequence.tokens) - 1])
+        if match.num_tokens == 0:
+            return False
+        sequence.page_ids = list(match.page_ids)
+        self.pool.retain(sequence.page_ids)
+        self.tree.lock(match.node)
+        sequence.lock = match.node
+        sequence.num_computed = match.num_tokens
+        sequence.owns_tail = False
+        if sequence.branch == 0 and sequence.num_output == 0:
+            request.num_cached_tokens = match.num_tokens
+        return True
+
+    def _remember(self, sequence: Sequence) -> None:
+        """Offers what is computed of the known tokens to the tree."""
+        computed = min(sequence.num_computed, len(sequence.tokens))
+        if self.tree is None or computed == 0 or not sequence.page_ids:
+            return
+        count = -(-computed // self.pool.page_size)
+        self.tree.insert(
+            sequence.request.namespace, sequence.tokens[:computed], sequence.page_ids[:count]
+        )
+
+    def _shares_with_prefill(self, sequence: Sequence, step: "_Draft") -> bool:
+        """Whether a running prefill computes, now or soon, a prefix that `sequence` could reuse."""
+        params, size = sequence.request.params, self.pool.page_size
+        if self.tree is None or sequence.page_ids or params.skip_reading_prefix_cache:
+            return False
+        if _scores_prompt(sequence):
+            return False
+        head = sequence.tokens[:size]
+        for other in self.running:
+            start = step.starts.get(other, other.num_computed)
+            if start >= other.num_prompt or other.tokens[:size] != head:
+                continue
+            if other.request.namespace != sequence.request.namespace:
+                continue
+            common = min(_common_prefix(sequence.tokens, other.tokens), len(sequence.tokens) - 1)
+            if common >= start + size:
+                return True
+        return False
+
+    def _reclaim_waiting(self, keep: Sequence) -> bool:
+        """Takes the pages that other waiting sequences (forks, parked) brought along."""
+        held = [s for s in self.waiting if s is not keep and s.page_ids]
+        for sequence in held:
+            self._remember(sequence)
+            self.release(sequence)
+        return bool(held)
+
+    def rewind(self, sequence: Sequence) -> None:
+        """Makes a parked sequence compute its last token again, so that it has logits to draw from.
+
+        The slot may be shared, and shared KV is never modified: it counts as somebody else's.
+        """
+        if sequence.num_computed >= len(sequence.tokens):
+            sequence.num_computed = len(sequence.tokens) - 1
+            sequence.owns_tail = False
+            self._trim(sequence)
+
+    def _trim(self, sequence: Sequence) -> None:
+        """Drops pages behind the computed tokens of a parked sequence."""
+        count = -(-sequence.num_computed // self.pool.page_size)
+        self.pool.release(sequence.page_ids[count:])
+        del sequence.page_ids[count:]
+
+    # ---- preemption -------------------------------------------------------------------------
+
+    def preempt(self, sequence: Sequence) -> None:
+        """Sends a running sequence back to the queue; its KV is computed again, or found cached."""
+        self.num_preemptions += 1
+        sequence.request.metrics.num_preemptions += 1
+        self._remember(sequence)
+        self._to_waiting(sequence)
+
+    def _to_waiting(self, sequence: Sequence) -> None:
+        self.running.remove(sequence)
+        self._free_seat(sequence)
+        self.release(sequence)
+        self.add(sequence)
+
+    def _free_seat(self, sequence: Sequence) -> None:
+        if sequence.seat is not None:
+            self._seats.append(sequence.seat)
+            sequence.seat = None
+
+    def _unlock(self, sequence: Sequence) -> None:
+        if sequence.lock is not None and self.tree is not None:
+            self.tree.unlock(sequence.lock)  # type: ignore[arg-type]
+            sequence.lock = None
+
+    def stuck(self) -> OutOfPages | None:
+        """Why nothing can run although sequences wait and none runs: an error for the first of them."""
+        if self.running or not self.waiting:
+            return None
+        first = self.waiting[0]
+        wanted = -(-len(first.tokens) // self.pool.page_size)
+        return OutOfPages(wanted, self.pool.num_free, "the rest is held by open branches")
+
+    def check_integrity(self) -> None:
+        """Asserts that pages, seats and tree agree. For tests and idle moments."""
+        self.pool.check_integrity()
+        if self.tree is not None:
+            self.tree.check_integrity()
+        seats = [s.seat for s in self.running]
+        assert None not in seats and len(set(seats)) == len(seats), seats
+        assert len(self._seats) + len(seats) == self.limits.max_num_seqs
+        for sequence in (*self.running, *self.waiting):
+            for page in sequence.page_ids:
+                assert self.pool.ref_count(page) > 0, page
+
+
+class _Draft:
+    """A step being put together: what is left to give away, and what is taken."""
+
+    def __init__(self, budget: int, scored: int) -> None:
+        self.budget, self.scored = budget, scored
+        self.chunks: list[Chunk] = []
+        self.copies: list[tuple[int, int]] = []
+        self.loads: list[Sequence] = []
+        self.starts: dict[Sequence, int] = {}
+        self.deferred = 0
+
+
+def _scores_prompt(sequence: Sequence) -> bool:
+    """Whether logits of prompt tokens are still wanted."""
+    request = sequence.request
+    return (
+        request.params.prompt_logprobs is not None
+        and sequence.branch == 0
+        and sequence.num_computed < sequence.num_prompt
+        and sequence.num_output == 0
+    )
+
+
+def _common_prefix(a: list[int], b: list[int]) -> int:
+    n = min(len(a), len(b))
+    differ = np.nonzero(np.asarray(a[:n]) != np.asarray(b[:n]))[0]
+    return int(differ[0]) if len(differ) else n

@@ -1,0 +1,106 @@
+"""What the host knows of a running request: tokens, pages, and how far the device has come.
+
+Intervals of a sequence's tokens, left to right:
+
+    [0, num_computed)            KV is in `page_ids`, or will be once the dispatched steps have run
+    [num_computed, len(tokens))  known on the host, still to be computed
+    then `num_pending` tokens    sampled by dispatched steps, still on the device
+"""
+
+import dataclasses
+import enum
+from collections.abc import Hashable
+from typing import Protocol
+
+from kvjax.errors import KVJaxError
+from kvjax.request import FinishReason, PositionLogprobs, RequestMetrics, SamplingParams
+
+
+class Status(enum.Enum):
+    """Where a sequence is."""
+
+    DORMANT = "dormant"  # a branch that waits for the first one to compute the prompt
+    WAITING = "waiting"  # in the scheduler's queue
+    RUNNING = "running"  # has a seat
+    FINISHED = "finished"  # over; a parked sequence is finished and keeps its pages
+
+
+class TextSink(Protocol):
+    """What a sequence's tokens are told to as they come (`kvjax.text.TextStream`)."""
+
+    def push(self, token_id: int, last: bool) -> str | None:
+        """Takes the next token; returns the stop string if the text is now complete."""
+        ...
+
+
+@dataclasses.dataclass(eq=False, slots=True)
+class Request:
+    """One call of the user: a prompt, its parameters, and one sequence per branch."""
+
+    request_id: str
+    prompt_ids: list[int]
+    params: SamplingParams
+    seed: int
+    metrics: RequestMetrics
+    arrival: int  # order of arrival, breaks ties of priority
+    prompt: str | None = None
+    bad_word_ids: tuple[tuple[int, ...], ...] = ()
+    sequences: list["Sequence"] = dataclasses.field(default_factory=list)
+    prompt_logprobs: list[PositionLogprobs | None] | None = None
+    num_cached_tokens: int = 0
+    error: KVJaxError | None = None
+    samples: bool = True  # False: only the prompt's KV is wanted
+
+    @property
+    def namespace(self) -> Hashable:
+        """Which cached pages are valid for it: the tenant's salt, and exact lineage only."""
+        return (self.params.cache_salt, "exact")
+
+    @property
+    def finished(self) -> bool:
+        """Whether every branch is over."""
+        return all(s.status is Status.FINISHED for s in self.sequences)
+
+
+@dataclasses.dataclass(eq=False, slots=True)
+class Sequence:
+    """One branch of a request. Only the scheduler changes its pages and progress."""
+
+    request: Request
+    tokens: list[int]
+    branch: int = 0
+    num_prompt: int = 0
+    page_ids: list[int] = dataclasses.field(default_factory=list)
+    num_computed: int = 0
+    num_pending: int = 0
+    owns_tail: bool = True  # False: the last, partial page is shared and copied before a write
+    seat: int | None = None
+    status: Status = Status.DORMANT
+    keeps_pages: bool = False  # parked, not released, when finished
+    end_token_ids: tuple[int, ...] = ()
+    text: TextSink | None = None
+    logprobs: list[PositionLogprobs] | None = None
+    cumulative_logprob: float = 0.0
+    finish_reason: FinishReason | None = None
+    stop_reason: str | int | None = None
+    lock: object = None  # node of the prefix tree that must not be evicted meanwhile
+
+    @property
+    def num_output(self) -> int:
+        """Output tokens known on the host."""
+        return len(self.tokens) - self.num_prompt
+
+    @property
+    def output_ids(self) -> tuple[int, ...]:
+        """Output tokens known on the host."""
+        return tuple(self.tokens[self.num_prompt :])
+
+    @property
+    def order(self) -> tuple[int, int, int]:
+        """Smaller is served first and preempted last."""
+        return (self.request.params.priority, self.request.arrival, self.branch)
+
+    @property
+    def in_prefill(self) -> bool:
+        """Whether part of its known tokens, but the last, is still to be computed."""
+        return self.num_computed < len(self.tokens) - 1
