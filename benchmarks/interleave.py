@@ -151,7 +151,8 @@ class _Part:
     def start_up(self, target: Target, cache: str) -> float:
         """One start; `cache` is the folder of compiled programs where the target has any."""
         prompt = list(self.plan.token_ids[: self.plan.sizes.start_up_prompt])
-        env = {"JAX_COMPILATION_CACHE_DIR": cache} if target.compiles else {}
+        names = ("KVJAX_CACHE_DIR", "JAX_COMPILATION_CACHE_DIR") if target.compiles else ()
+        env = dict.fromkeys(names, cache)
         with self.worker(target, env) as worker:
             worker.load(**({"warm_up": False} if target.compiles else {}))
             worker.generate([prompt], 1)
