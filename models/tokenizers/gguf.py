@@ -167,8 +167,8 @@ def _merges_by_score(
 ) -> list[tuple[str, str]]:
     """All pairs of tokens that make up another one, in the order in which they are merged.
 
-    SentencePiece merges the best score first and, of equal ones, the leftmost. Several pairs make
-    the same token only in runs of one character, where leftmost means: longest left part first.
+    SentencePiece merges the best score first and, of equal ones, the leftmost. Scores are equal for
+    runs of spaces (Llama 2, Mistral), where leftmost amounts to: longest left part first.
     """
     ids = {token: i for i, token in enumerate(tokens)}
     ranked = []

@@ -1,5 +1,6 @@
 """All kinds of tokenizers: against the libraries' own answers, and one token at a time."""
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,6 @@ CORPUS = [
     "déjà vu: naïve café owners don't count 1234567 grains of rice",
     "  two leading spaces,\ttabs\nand new lines  ",
     "it's what they're after; we'll see, I'd say you've won",
-    "-----------------------------------------------------",
 ] * 8
 PROBES = [
     "",
@@ -149,7 +149,8 @@ def check_incremental(tokenizer: Tokenizer, ids: list[int], skip: bool) -> None:
     for count, token_id in enumerate(ids, 1):
         text += decoder.push(token_id)
         held_back = tokenizer.decode(ids[:count], skip).removeprefix(text)
-        assert held_back in ("", "\N{REPLACEMENT CHARACTER}"), "more than one character held back"
+        assert not held_back.strip("\N{REPLACEMENT CHARACTER}"), "a whole character held back"
+        assert len(held_back) <= 3, "more than an incomplete character held back"
     assert text + decoder.flush() == tokenizer.decode(ids, skip)
     assert decoder.flush() == ""
 
@@ -283,6 +284,38 @@ def test_special_tokens_are_cut_out_before_sentencepiece_sees_the_text(tmp_path,
 def test_a_vocabulary_from_a_gguf_merges_as_sentencepiece_does(every_kind, parts):
     text = "".join(parts) + "-" * len(parts)
     assert every_kind["gguf"].encode(text) == every_kind["sentencepiece"].encode(text)
+
+
+def merged_one_by_one(text: str, scores: dict[str, float]) -> list[str]:
+    """SentencePiece's byte pairs by their definition: the best score, then the leftmost."""
+    parts = list(text)
+    while True:
+        pairs = enumerate(a + b for a, b in itertools.pairwise(parts))
+        found = [(-scores[token], place) for place, token in pairs if token in scores]
+        if not found:
+            return parts
+        _, place = min(found)
+        parts[place : place + 2] = ["".join(parts[place : place + 2])]
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    lengths=st.sets(st.integers(2, 20), min_size=1, max_size=8).map(sorted),
+    length=st.integers(1, 60),
+    are_equal=st.booleans(),
+)
+def test_runs_of_one_character_merge_from_the_left(lengths, length, are_equal):
+    scores = {"-" * n: -1e9 if are_equal else -float(n) for n in (1, *lengths)}
+    metadata = {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.tokens": ["<unk>", *scores],
+        "tokenizer.ggml.scores": [0.0, *scores.values()],
+        "tokenizer.ggml.token_type": [2] + [1] * len(scores),
+        "tokenizer.ggml.add_space_prefix": False,
+    }
+    tokenizer = build(metadata, "test")
+    expected = [tokenizer.token_to_id(part) for part in merged_one_by_one("-" * length, scores)]
+    assert tokenizer.encode("-" * length) == expected
 
 
 def byte_level_metadata(folder: Path, pre: str) -> dict[str, Any]:
