@@ -16,6 +16,8 @@ from kvjax.models.loading import Loader
 from kvjax.models.rope import rotate
 from kvjax.pallas_kernels import LayerPages, paged_attention, write_slots
 
+_LATENT_NORM_EPS = 1e-6  # of the norms on latents, whatever the configuration says of the others
+
 
 class LatentAttention(nnx.Module):
     """Latent attention over pages with one head of `kv_lora_rank + qk_rope_head_dim` channels."""
@@ -31,19 +33,24 @@ class LatentAttention(nnx.Module):
             q = load.get(f"{prefix}.q_proj.weight", heads * (nope + rope), hidden)
         else:
             q_a = load.get(f"{prefix}.q_a_proj.weight", m.q_lora_rank, hidden)
-            self.q_a = Linear(load, q_a, (None, None))
-            self.q_a_norm = RMSNorm(load, f"{prefix}.q_a_layernorm.weight", m.q_lora_rank)
+            bias = load.get(f"{prefix}.q_a_proj.bias", m.q_lora_rank) if c.qkv_bias else None
+            self.q_a = Linear(load, q_a, (None, None), bias)
+            self.q_a_norm = RMSNorm(
+                load, f"{prefix}.q_a_layernorm.weight", m.q_lora_rank, _LATENT_NORM_EPS
+            )
             q = load.get(f"{prefix}.q_b_proj.weight", heads * (nope + rope), m.q_lora_rank)
         self.q = Linear(load, q.reshape(heads, nope + rope, -1), per_head)
         kv_a = load.get(f"{prefix}.kv_a_proj_with_mqa.weight", rank + rope, hidden)
-        self.kv_a = Linear(load, kv_a, (None, None))
-        self.kv_a_norm = RMSNorm(load, f"{prefix}.kv_a_layernorm.weight", rank)
+        bias = load.get(f"{prefix}.kv_a_proj_with_mqa.bias", rank + rope) if c.qkv_bias else None
+        self.kv_a = Linear(load, kv_a, (None, None), bias)
+        self.kv_a_norm = RMSNorm(load, f"{prefix}.kv_a_layernorm.weight", rank, _LATENT_NORM_EPS)
         kv_b = load.get(f"{prefix}.kv_b_proj.weight", heads * (nope + m.v_head_dim), rank)
         kv_b = kv_b.reshape(heads, nope + m.v_head_dim, rank).astype("float32")
         self.absorb_k = nnx.Param(load.vector(kv_b[:, :nope], per_head))  # [heads, nope, rank]
         self.absorb_v = nnx.Param(load.vector(kv_b[:, nope:], per_head))  # [heads, v, rank]
         o = load.get(f"{prefix}.o_proj.weight", hidden, heads * m.v_head_dim)
-        self.o = Linear(load, o, (None, None))
+        bias = load.get(f"{prefix}.o_proj.bias", hidden) if c.o_bias else None
+        self.o = Linear(load, o, (None, None), bias)
         self.nope, self.rank, self.scale = nope, rank, c.scale
         self.interleaved = c.rope.interleaved
 

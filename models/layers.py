@@ -53,10 +53,10 @@ class Linear(nnx.Module):
 class RMSNorm(nnx.Module):
     """Root-mean-square norm (arXiv 1910.07467) over the last axis, row-invariant, in float32."""
 
-    def __init__(self, load: Loader, name: str, width: int) -> None:
+    def __init__(self, load: Loader, name: str, width: int, eps: float | None = None) -> None:
         w = load.get(name, width).astype("float32")
         self.weight = nnx.Param(load.vector(w + 1 if load.config.norm_plus_one else w))
-        self.eps = load.config.norm_eps
+        self.eps = load.config.norm_eps if eps is None else eps
 
     def __call__(self, x: Float[Array, "*rows width"]) -> Float[Array, "*rows width"]:
         """Normalises each row."""
@@ -143,7 +143,7 @@ class OutputProjection(nnx.Module):
 
 
 class MLP(nnx.Module):
-    """Gated MLP (arXiv 2002.05202): `down(activation(gate(x)) * up(x))`, gate and up in one product."""
+    """Gated MLP (arXiv 2002.05202), `down(activation(gate(x)) * up(x))`; gate and up as one."""
 
     def __init__(self, load: Loader, prefix: str) -> None:
         c = load.config

@@ -1,37 +1,36 @@
-"""Llama 2 and 3.x, SmolLM2 and Mistral: the plain decoder. Other families start from its reading."""
+"""Llama 2 and 3.x and SmolLM2: the plain decoder. Other families start from its reading."""
 
 from typing import Any
 
 from kvjax.errors import UnsupportedModel
 from kvjax.models.config import ModelConfig, RopeConfig
 
-_SCALINGS = {"default": "none", "none": "none", "su": "longrope"}
+_SCALINGS = ("none", "linear", "dynamic", "llama3", "yarn", "longrope")
+_ALIASES = {"default": "none", "su": "longrope"}
 
 
 def config(hf: dict[str, Any]) -> ModelConfig:
-    """`ModelConfig` of a Hugging Face `config.json` with `model_type` "llama" or "mistral"."""
+    """`ModelConfig` of a Hugging Face `config.json` with `model_type` "llama"."""
     return ModelConfig(**fields(hf))
 
 
 def fields(hf: dict[str, Any]) -> dict[str, Any]:
     """The fields that most families share, as keyword arguments of `ModelConfig`."""
-    heads, layers = hf["num_attention_heads"], hf["num_hidden_layers"]
+    heads = hf["num_attention_heads"]
     head_dim = hf.get("head_dim") or hf["hidden_size"] // heads
-    window = hf.get("sliding_window")
     eos = hf.get("eos_token_id")
     return {
         "architecture": hf["model_type"],
         "vocab_size": hf["vocab_size"],
         "hidden_size": hf["hidden_size"],
         "intermediate_size": hf["intermediate_size"],
-        "num_layers": layers,
+        "num_layers": hf["num_hidden_layers"],
         "num_heads": heads,
         "num_kv_heads": hf.get("num_key_value_heads") or heads,
         "head_dim": head_dim,
         "max_position": hf["max_position_embeddings"],
         "norm_eps": hf["rms_norm_eps"],
-        "rope": rope(hf, int(head_dim * hf.get("partial_rotary_factor", 1.0))),
-        "windows": (window,) * layers if window and hf.get("use_sliding_window", True) else (),
+        "rope": rope(hf, head_dim),
         "tie_embeddings": bool(hf.get("tie_word_embeddings", False)),
         "qkv_bias": bool(hf.get("attention_bias", False)),
         "o_bias": bool(hf.get("attention_bias", False)),
@@ -51,27 +50,45 @@ def activation(name: str) -> str:
     raise UnsupportedModel(f"activation {name!r}; supported are silu and gelu_pytorch_tanh")
 
 
-def rope(
-    hf: dict[str, Any], rotary_dim: int, parameters: dict[str, Any] | None = None
-) -> RopeConfig:
-    """Rotary settings from `rope_parameters` (transformers 5) or `rope_theta` + `rope_scaling` (4)."""
+def windows(layer_types: list[str], window: int | None) -> tuple[int | None, ...]:
+    """`ModelConfig.windows` of Hugging Face's `layer_types`; () where every layer sees all."""
+    for kind in layer_types:
+        if kind not in ("full_attention", "sliding_attention"):
+            raise UnsupportedModel(f"layers of type {kind!r} are not supported")
+    if "sliding_attention" not in layer_types:
+        return ()
+    if not window or window < 1:
+        raise UnsupportedModel(f"layers with sliding attention but sliding_window={window}")
+    return tuple(window if kind == "sliding_attention" else None for kind in layer_types)
+
+
+def rope(hf: dict[str, Any], head_dim: int, parameters: dict[str, Any] | None = None) -> RopeConfig:
+    """Rotary settings from `rope_parameters` (transformers 5) or `rope_theta` + `rope_scaling` (4).
+
+    `parameters` takes the place of both where a family keeps them elsewhere.
+    """
     p = parameters or hf.get("rope_parameters") or hf.get("rope_scaling") or {}
+    if any(isinstance(value, dict) for value in p.values()):
+        raise UnsupportedModel(f"rotary settings per layer type {sorted(p)}")
     kind = p.get("rope_type") or p.get("type") or "default"
-    scaling = _SCALINGS.get(kind, kind)
-    if scaling not in ("none", "linear", "dynamic", "llama3", "yarn", "longrope"):
-        raise UnsupportedModel(f"rope scaling {kind!r} is not known")
+    scaling = _ALIASES.get(kind, kind)
+    if scaling not in _SCALINGS:
+        raise UnsupportedModel(f"rope scaling {kind!r}; supported are {', '.join(_SCALINGS)}")
     max_position = hf["max_position_embeddings"]
-    original = (
-        p.get("original_max_position_embeddings")
-        or hf.get("original_max_position_embeddings")
-        or max_position
-    )
+    original = max_position
+    if scaling != "dynamic":  # which stretches from max_position_embeddings whatever else is given
+        original = (
+            hf.get("original_max_position_embeddings")
+            or p.get("original_max_position_embeddings")
+            or max_position
+        )
     factor = p.get("factor")
     if factor is None:
-        factor = max_position / original if scaling == "longrope" else 1.0
+        factor = max_position / original if scaling in ("longrope", "yarn") else 1.0
+    partial = p.get("partial_rotary_factor") or hf.get("partial_rotary_factor") or 1.0
     return RopeConfig(
         theta=float(p.get("rope_theta") or hf.get("rope_theta") or 10_000.0),
-        rotary_dim=rotary_dim,
+        rotary_dim=int(head_dim * partial),
         scaling=scaling,  # type: ignore[arg-type]
         factor=float(factor),
         original_max_position=original,

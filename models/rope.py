@@ -1,6 +1,6 @@
 """Rotary embedding: cosine and sine tables in float64 on the host, one rotation on the device.
 
-Su et al., arXiv 2104.09864; the scalings follow the definitions that Hugging Face checkpoints rely on.
+Su et al., arXiv 2104.09864; the scalings are those that Hugging Face checkpoints rely on.
 """
 
 import math
@@ -76,7 +76,7 @@ def _yarn(rope: RopeConfig, inverse: np.ndarray, original: int) -> tuple[np.ndar
     if rope.truncate:
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, rope.rotary_dim - 1)
-    ramp = np.clip((np.arange(len(inverse)) - low) / max(high - low, 1e-3), 0, 1)
+    ramp = np.clip((np.arange(len(inverse)) - low) / (high - low or 1e-3), 0, 1)
     inverse = inverse / rope.factor * ramp + inverse * (1 - ramp)
 
     def temperature(mscale: float) -> float:

@@ -27,7 +27,7 @@ class Sharding:
         Raises:
           ValueError: `kv_heads` is not a multiple of the mesh axis it maps to.
         """
-        assert self.mesh is not None and len(axes) == len(shape)
+        assert self.mesh is not None
         table, entries = dict(self.table), []
         for axis, size in zip(axes, shape, strict=True):
             mesh_axis = table.get(axis) if axis else None
@@ -42,7 +42,7 @@ class Sharding:
         return None if self.mesh is None else NamedSharding(self.mesh, self.spec(axes, shape))
 
     def pages(self, shape: tuple[int, ...]) -> NamedSharding:
-        """Where a pool `[pages, kv_heads, page_size, width]` lies. Latent pages (one head) are whole."""
+        """Where a pool `[pages, kv_heads, page_size, width]` lies; one head (latent) is whole."""
         assert self.mesh is not None
         axes = (None, "kv_heads" if shape[1] > 1 else None, None, None)
         return NamedSharding(self.mesh, self.spec(axes, shape))

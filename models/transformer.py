@@ -13,7 +13,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from kvjax.cache.pages import KVGroup, KVKind, KVPages, KVSpec, KVView
-from kvjax.models.config import ModelConfig
+from kvjax.models.config import ModelConfig, RopeConfig
 from kvjax.models.latent import LatentAttention
 from kvjax.models.layers import MLP, Attention, Linear, RMSNorm
 from kvjax.models.loading import Loader
@@ -90,17 +90,13 @@ class Transformer(nnx.Module):
         self.embedding = Embedding(load)
         self.blocks = nnx.List([DecoderLayer(load, layer) for layer in range(c.num_layers)])
         self.norm = RMSNorm(load, "model.norm.weight", c.hidden_size)
-        self.output = None
-        if not c.tie_embeddings:
+        if c.tie_embeddings:
+            self.output = None
+        else:
             w = load.get("lm_head.weight", c.vocab_size, c.hidden_size)
             self.output = Linear(load, w, ("vocab", None))
-        axes = (None, None, None)
-        self.rope = nnx.Param(load.vector(rope_table(c.rope, load.num_positions), axes))
-        self.local_rope = None
-        if c.local_rope is not None:
-            self.local_rope = nnx.Param(
-                load.vector(rope_table(c.local_rope, load.num_positions), axes)
-            )
+        self.rope = _rope_param(load, c.rope)
+        self.local_rope = None if c.local_rope is None else _rope_param(load, c.local_rope)
 
     def embed(self, tokens: Int[Array, " tokens"]) -> Float[Array, "tokens hidden"]:
         """Hidden states before the first layer."""
@@ -148,6 +144,10 @@ class Transformer(nnx.Module):
             if (cap := self.config.logit_soft_cap) is not None:
                 logits = cap * jnp.tanh(logits / cap)
             return self.sharding.replicate(logits)
+
+
+def _rope_param(load: Loader, rope: RopeConfig) -> nnx.Param:
+    return nnx.Param(load.vector(rope_table(rope, load.num_positions), (None, None, None)))
 
 
 @partial(jax.jit, static_argnums=(0, 1))
