@@ -64,3 +64,8 @@ class EngineConfig:
     def kv_dtype(self) -> str:
         """What keys and values are kept as."""
         return "float32" if self.dtype == "float32" else "bfloat16"
+
+
+def host_memory() -> int:
+    """Bytes of physical memory of this machine."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

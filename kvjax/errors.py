@@ -34,4 +34,4 @@ class TokenizerNotFound(KVJaxError, FileNotFoundError):
 
 
 class StepFailed(KVJaxError, RuntimeError):
-    """The device step raised for this request; the others went on. `__cause__` has the device error."""
+    """The device step raised for this request; the others went on. `__cause__` says what raised."""

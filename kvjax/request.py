@@ -6,6 +6,8 @@ import numbers
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
+from kvjax.errors import KVJaxError
+
 FinishReason = Literal["stop", "length", "abort", "error"]
 
 MAX_LOGPROBS = 20  # alternatives a step can report per position
@@ -220,6 +222,7 @@ class RequestOutput:
     prompt_logprobs: tuple[PositionLogprobs | None, ...] | None = None  # the first entry is None
     metrics: RequestMetrics | None = None
     num_cached_tokens: int = 0  # prompt tokens whose KV was reused
+    error: KVJaxError | None = None  # why it failed, if a finish_reason is "error"
 
 
 _INTEGERS = (  # name, least, most

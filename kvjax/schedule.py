@@ -68,6 +68,7 @@ class Scheduler:
 
     def add(self, sequence: Sequence) -> None:
         """Queues a sequence by priority, then arrival. It may bring pages (fork, parked)."""
+        self._rewind(sequence)
         sequence.status = Status.WAITING
         at = len(self.waiting)
         while at and self.waiting[at - 1].order > sequence.order:
@@ -75,7 +76,7 @@ class Scheduler:
         self.waiting.insert(at, sequence)
 
     def finish(self, sequence: Sequence) -> None:
-        """Takes a sequence off: what it computed enters the tree, its pages go back or are parked."""
+        """Takes a sequence off: its KV enters the tree, its pages go back or are parked."""
         if sequence in self.running:
             self.running.remove(sequence)
         if sequence in self.waiting:
@@ -100,11 +101,11 @@ class Scheduler:
         self._unlock(sequence)
 
     def fork(self, parent: Sequence, child: Sequence) -> None:
-        """Lets `child` share what `parent` has computed of their common tokens, but for the last.
+        """Lets `child`, whose tokens start with `parent`'s, share what `parent` has computed.
 
         No device work and no copy: the child copies a shared partial page when it first writes.
         """
-        computed = min(parent.num_computed, len(child.tokens) - 1)
+        computed = min(parent.num_computed, len(child.tokens))
         count = -(-computed // self.pool.page_size)
         child.page_ids = list(parent.page_ids[:count])
         self.pool.retain(child.page_ids)
@@ -323,8 +324,8 @@ class Scheduler:
             self.release(sequence)
         return bool(held)
 
-    def rewind(self, sequence: Sequence) -> None:
-        """Makes a parked sequence compute its last token again, so that it has logits to draw from.
+    def _rewind(self, sequence: Sequence) -> None:
+        """Makes a sequence compute its last token again, so that there are logits to draw from.
 
         The slot may be shared, and shared KV is never modified: it counts as somebody else's.
         """
@@ -365,7 +366,7 @@ class Scheduler:
             sequence.lock = None
 
     def stuck(self) -> OutOfPages | None:
-        """Why nothing can run although sequences wait and none runs: an error for the first of them."""
+        """Why the first waiting sequence cannot run although no other does, or None."""
         if self.running or not self.waiting:
             return None
         first = self.waiting[0]
@@ -378,7 +379,8 @@ class Scheduler:
         if self.tree is not None:
             self.tree.check_integrity()
         seats = [s.seat for s in self.running]
-        assert None not in seats and len(set(seats)) == len(seats), seats
+        assert None not in seats, seats
+        assert len(set(seats)) == len(seats), seats
         assert len(self._seats) + len(seats) == self.limits.max_num_seqs
         for sequence in (*self.running, *self.waiting):
             for page in sequence.page_ids:

@@ -1,0 +1,91 @@
+"""A sequence that outlives its request: computed once, forked, continued, closed."""
+
+from typing import TYPE_CHECKING, Any
+
+from kvjax.errors import KVJaxError
+from kvjax.intake import Intake
+from kvjax.request import SamplingParams
+from kvjax.sequence import Request, Sequence, Status
+
+if TYPE_CHECKING:
+    from kvjax.llm import LLM
+
+
+class Branch:
+    """Tokens whose KV is kept on the device until the branch is closed. Made by `LLM.open`.
+
+    Forking costs no device work and copies nothing; a shared partial page is copied when one of
+    the branches writes to it.
+    """
+
+    def __init__(self, llm: "LLM", sequence: Sequence, cache_salt: str | None) -> None:
+        self._llm, self._sequence, self._salt = llm, sequence, cache_salt
+        self._closed = False
+
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        """Everything so far: prompt, appended text, output of its runs."""
+        return tuple(self._sequence.tokens)
+
+    @property
+    def num_computed_tokens(self) -> int:
+        """How many of them have their KV on the device."""
+        return self._sequence.num_computed
+
+    def append(self, text_or_ids: Any) -> "Branch":
+        """Adds text (tokenised by itself) or token ids; computed at the next run."""
+        sequence = self._usable()
+        if isinstance(text_or_ids, str):
+            tokenizer = self._llm.get_tokenizer()
+            ids = tokenizer.encode(text_or_ids, add_special_tokens=False)
+        else:
+            ids = list(text_or_ids)
+        sequence.tokens.extend(ids)
+        return self
+
+    def fork(self, count: int) -> list["Branch"]:
+        """`count` branches that share this one's KV. This one stays usable."""
+        if count < 1:
+            raise ValueError(f"count must be at least 1, got {count}")
+        parent = self._usable()
+        branches = []
+        for _ in range(count):
+            child = Sequence(
+                parent.request, list(parent.tokens), keeps_pages=True, status=Status.FINISHED
+            )
+            self._llm.engine.park(child, parent)
+            branches.append(Branch(self._llm, child, self._salt))
+        return branches
+
+    def request(self, intake: Intake, params: SamplingParams, place: int) -> Request:
+        """The request that continues this branch as number `place` of its batch."""
+        sequence = self._usable()
+        if params.n != 1:
+            raise ValueError(f"a branch runs with n=1, got n={params.n}: fork it instead")
+        if params.prompt_logprobs is not None:
+            raise ValueError(
+                "prompt_logprobs cannot be had of a branch: its KV is computed already"
+            )
+        if params.cache_salt not in (None, self._salt):
+            raise ValueError(f"the branch was opened with cache_salt={self._salt!r}")
+        request = intake.from_ids(list(sequence.tokens), params, sequence=sequence)
+        request.num_cached_tokens = sequence.num_computed
+        sequence.branch = place
+        return request
+
+    def close(self) -> None:
+        """Gives the pages back. Closing twice does nothing."""
+        if not self._closed:
+            self._closed = True
+            self._llm.engine.discard(self._sequence)
+
+    def _usable(self) -> Sequence:
+        if self._closed:
+            raise KVJaxError("the branch is closed")
+        return self._sequence
+
+    def __enter__(self) -> "Branch":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()

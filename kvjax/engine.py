@@ -1,0 +1,276 @@
+"""The loop: plan, run, commit. The only owner of the device's KV.
+
+    step n    |  device computes n        |  device computes n + 1   |
+    host      |  plan n+1, dispatch n+1, then wait for n and commit n |
+
+The host plans a step before it has read the one before: a token that is still on the device is fed
+from there. What a sequence must stop at is therefore seen one step late; the extra token is
+discarded, and its slot never enters the prefix tree.
+"""
+
+import time
+from collections.abc import Callable, Iterable
+
+import jax
+import numpy as np
+
+from kvjax.cache.pages import KVSpec
+from kvjax.cache.pool import PagePool
+from kvjax.cache.radix import EVICTION_POLICIES, RadixTree
+from kvjax.config import EngineConfig
+from kvjax.decode import SampleOutput
+from kvjax.errors import KVJaxError, StepFailed
+from kvjax.models import Transformer
+from kvjax.recovery import Suspects
+from kvjax.request import FinishReason, Logprob, PositionLogprobs
+from kvjax.runner import Dispatched, RowOwner, Runner
+from kvjax.schedule import Limits, Scheduler, StepPlan
+from kvjax.sequence import Request, Sequence, Status
+
+MAX_SCORED_TOKENS = 128  # prompt tokens whose logits one step keeps
+
+
+class Engine:
+    """Continuous batching over one model. Not thread-safe: one thread owns it."""
+
+    def __init__(
+        self,
+        model: Transformer,
+        spec: KVSpec,
+        num_pages: int,
+        config: EngineConfig,
+        max_model_len: int,
+        clock: Callable[[], float] = time.monotonic,
+        decode_token: Callable[[int], str] | None = None,
+    ) -> None:
+        self.config, self.spec, self.clock = config, spec, clock
+        self.limits = Limits(
+            config.max_num_seqs,
+            config.max_num_batched_tokens,
+            max_model_len,
+            min(MAX_SCORED_TOKENS, config.max_num_batched_tokens),
+        )
+        pool = PagePool(num_pages, spec.page_size)
+        tree = None
+        if config.enable_prefix_caching:
+            tree = RadixTree(pool, EVICTION_POLICIES[config.eviction_policy]())
+        self.scheduler = Scheduler(pool, tree, self.limits, clock)
+        self.runner = Runner(model, spec, num_pages, self.limits)
+        self._decode_token = decode_token
+        self._in_flight: Dispatched | None = None
+        self._parked: set[Sequence] = set()
+        self._suspects = Suspects()
+        self._failed: list[Request] = []
+
+    # ---- requests ---------------------------------------------------------------------------
+
+    def add(self, request: Request) -> None:
+        """Queues a request: its first branch now, the others once the prompt is computed."""
+        self._parked.discard(request.sequences[0])
+        self.scheduler.add(request.sequences[0])
+
+    def abort(self, request: Request, reason: FinishReason = "abort") -> None:
+        """Ends what is left of a request now. Its pages are free for the next step."""
+        for sequence in request.sequences:
+            if sequence.status is not Status.FINISHED:
+                self._finish(sequence, reason)
+
+    def discard(self, sequence: Sequence) -> None:
+        """Gives up the pages of a parked sequence."""
+        self._parked.discard(sequence)
+        self.scheduler.release(sequence)
+
+    def park(self, sequence: Sequence, parent: Sequence) -> None:
+        """Makes `sequence` a parked fork of the parked `parent`: they share its pages."""
+        self.scheduler.fork(parent, sequence)
+        sequence.status = Status.FINISHED
+        self._parked.add(sequence)
+
+    @property
+    def has_work(self) -> bool:
+        """Whether `step()` has anything left to do."""
+        return self.scheduler.has_work or self._in_flight is not None or bool(self._failed)
+
+    # ---- the loop ---------------------------------------------------------------------------
+
+    def step(self) -> list[Request]:
+        """Plans and dispatches a step, commits the one before; the requests that made progress."""
+        touched = {id(r): r for r in self._take_failed()}
+        previous, self._in_flight = self._in_flight, None
+        dispatching: StepPlan | None = None
+        try:
+            if previous is not None and not (self.config.overlap and self._suspects.none):
+                touched |= self._commit(previous)
+                previous = None
+            self.scheduler.only = self._suspects.under_test
+            plan = self.scheduler.plan()
+            if plan.chunks:
+                dispatching = plan
+                self._in_flight = self.runner.dispatch(plan)
+                dispatching = None
+            if previous is not None:
+                touched |= self._commit(previous)
+            elif not plan.chunks:
+                self._explain_standstill()
+        except jax.errors.JaxRuntimeError as error:
+            steps = [s.plan for s in (previous, self._in_flight) if s is not None]
+            self._recover([*steps, dispatching] if dispatching else steps, error)
+        touched |= {id(r): r for r in self._take_failed()}
+        return list(touched.values())
+
+    def _commit(self, step: Dispatched) -> dict[int, Request]:
+        """Reads a step's results and appends them. Blocks until the device is done with it."""
+        tokens = np.asarray(step.out.tokens)
+        healthy = np.asarray(step.out.healthy)
+        report = _read_report(step.out, step.owners)
+        now = self.clock()
+        touched = {}
+        for row, owner in enumerate(step.owners):
+            sequence = owner.sequence
+            if sequence.status is Status.FINISHED:
+                continue  # it ended one step before; this token is discarded
+            request = sequence.request
+            touched[id(request)] = request
+            entry = None if report is None else self._entry(report, row, owner)
+            if not owner.draws:
+                assert request.prompt_logprobs is not None
+                request.prompt_logprobs[owner.position] = entry
+                continue
+            sequence.num_pending -= 1
+            if not healthy[row]:
+                self._fail(request, StepFailed("the model gave no finite logits"))
+                continue
+            self._append(sequence, int(tokens[row]), entry, now)
+        for chunk in step.plan.chunks:
+            sequence = chunk.sequence
+            if not sequence.request.samples and chunk.stop >= len(sequence.tokens):
+                touched[id(sequence.request)] = sequence.request
+                if sequence.status is Status.RUNNING:
+                    self._finish(sequence, "length")
+        self._suspects.passed(step.plan.chunks)
+        return touched
+
+    def _append(
+        self, sequence: Sequence, token: int, entry: PositionLogprobs | None, now: float
+    ) -> None:
+        """Takes a drawn token and ends the sequence where it must end."""
+        request, params = sequence.request, sequence.request.params
+        sequence.tokens.append(token)
+        request.metrics.num_output_tokens += 1
+        if request.metrics.first_token_time is None:
+            request.metrics.first_token_time = now
+        if entry is not None and sequence.logprobs is not None:
+            sequence.logprobs.append(entry)
+            sequence.cumulative_logprob += entry[token].logprob
+        is_end = token in sequence.end_token_ids
+        is_stop = token in (params.stop_token_ids or ())
+        full = (params.max_tokens is not None and sequence.num_output >= params.max_tokens) or len(
+            sequence.tokens
+        ) >= self.limits.max_model_len
+        over = is_end or is_stop or full
+        stop = sequence.text.push(token, over) if sequence.text is not None else None
+        if stop is not None:
+            sequence.stop_reason = stop
+            self._finish(sequence, "stop")
+        elif is_end or is_stop:
+            sequence.stop_reason = token if is_stop else None
+            self._finish(sequence, "stop")
+        elif full:
+            self._finish(sequence, "length")
+
+    def _finish(self, sequence: Sequence, reason: FinishReason) -> None:
+        sequence.finish_reason = reason
+        self.scheduler.finish(sequence)
+        if sequence.keeps_pages:
+            self._parked.add(sequence)
+        self._suspects.drop(sequence)
+        if sequence.request.finished:
+            sequence.request.metrics.finished_time = self.clock()
+
+    def _entry(self, report: SampleOutput, row: int, owner: RowOwner) -> PositionLogprobs | None:
+        """Log-probabilities at one position: the token that came, and the most likely ones."""
+        params = owner.sequence.request.params
+        count = params.logprobs if owner.draws else params.prompt_logprobs
+        if count is None:
+            return None
+        token = int(report.tokens[row])
+        ids = [int(i) for i in report.top_ids[row][:count] if i >= 0]
+        entry = {
+            i: Logprob(float(report.top_logprobs[row][k]), k + 1, self._decoded(i))
+            for k, i in enumerate(ids)
+        }
+        rank, logprob = int(report.ranks[row]), float(report.logprobs[row])
+        entry[token] = Logprob(logprob, rank, self._decoded(token))
+        return entry
+
+    def _decoded(self, token: int) -> str | None:
+        return self._decode_token(token) if self._decode_token is not None else None
+
+    # ---- failures ---------------------------------------------------------------------------
+
+    def _explain_standstill(self) -> None:
+        """Nothing runs, nothing is on its way: the first in the queue can never be served."""
+        if self._suspects.under_test is not None:
+            return
+        why = self.scheduler.stuck()
+        if why is not None:
+            self._fail(self.scheduler.waiting[0].request, why)
+
+    def _fail(self, request: Request, error: KVJaxError) -> None:
+        request.error = error
+        self.abort(request, "error")
+        self._failed.append(request)
+
+    def _take_failed(self) -> list[Request]:
+        failed, self._failed = self._failed, []
+        return failed
+
+    def _recover(self, plans: Iterable[StepPlan], error: Exception) -> None:
+        """The device lost pages and state: rebuilds both, starts everyone over, finds the culprit.
+
+        Sequences keep their tokens and compute their KV again. The steps that were in flight are
+        run again in halves until one sequence is left to blame; the others never notice.
+        """
+        self._in_flight = None
+        chunks = [chunk for plan in plans for chunk in plan.chunks]
+        involved = {c.sequence for c in chunks if c.sequence.status is not Status.FINISHED}
+        for sequence in (*self.scheduler.running, *self.scheduler.waiting):
+            sequence.num_pending = 0
+        self.scheduler.forget()
+        for sequence in self._parked:
+            self.scheduler.release(sequence)
+        self.runner.rebuild()
+        culprit = self._suspects.failed(involved)
+        if culprit is not None:
+            blame = StepFailed(f"the device step failed: {_first_line(error)}")
+            blame.__cause__ = error
+            self._fail(culprit.request, blame)
+
+    # ---- beside the loop --------------------------------------------------------------------
+
+    def reset_prefix_cache(self) -> int:
+        """Forgets every cached prefix that nobody uses; the number of pages freed."""
+        tree = self.scheduler.tree
+        return 0 if tree is None else tree.reset()
+
+    def check_integrity(self) -> None:
+        """Asserts that host bookkeeping is consistent, and that nothing leaked when idle."""
+        self.scheduler.check_integrity()
+        if not self.has_work:
+            tree, pool = self.scheduler.tree, self.scheduler.pool
+            held = {page for sequence in self._parked for page in sequence.page_ids}
+            cached = 0 if tree is None else tree.num_pages
+            used = pool.num_pages - pool.num_free
+            assert max(cached, len(held)) <= used <= cached + len(held), (cached, held, used)
+
+
+def _read_report(out: SampleOutput, owners: tuple[RowOwner, ...]) -> SampleOutput | None:
+    """The log-probability arrays on the host, if any row asked for them."""
+    params = [(o.sequence.request.params, o.draws) for o in owners]
+    if not any((p.logprobs if draws else p.prompt_logprobs) is not None for p, draws in params):
+        return None
+    return jax.device_get(out)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

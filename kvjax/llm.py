@@ -1,0 +1,187 @@
+"""`LLM`: batch inference in one process. Names follow vLLM's, so that people can switch."""
+
+import dataclasses
+from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Sequence as Seq
+from pathlib import Path
+from typing import Any
+
+from jax.sharding import Mesh
+
+from kvjax.branch import Branch
+from kvjax.build import build, tensor_parallel_mesh
+from kvjax.config import EngineConfig
+from kvjax.intake import Prompt
+from kvjax.models.tokenizers import Tokenizer
+from kvjax.progress import progress_bar
+from kvjax.request import RequestOutput, SamplingParams
+from kvjax.sequence import Request
+
+
+class LLM:
+    """A model, its KV cache and the loop around them.
+
+    Args:
+      model: a folder (Hugging Face or Orbax), a `.gguf` file, a hub id, or a name of
+        `kvjax models` such as "smollm2-135m".
+      tensor_parallel_size: devices that share every layer; or pass a `mesh` with an axis "model".
+      config: everything else; single fields may be given as keywords instead.
+    """
+
+    def __init__(
+        self,
+        model: str | Path,
+        *,
+        config: EngineConfig | None = None,
+        tensor_parallel_size: int = 1,
+        mesh: Mesh | None = None,
+        **settings: Any,
+    ) -> None:
+        config = dataclasses.replace(config or EngineConfig(), **_known(settings))
+        mesh = mesh if mesh is not None else tensor_parallel_mesh(tensor_parallel_size)
+        built = build(model, config, mesh)
+        self.engine, self._intake = built.engine, built.intake
+        self.model_config, self.checkpoint = built.config, built.checkpoint
+        self._tokenizer = built.tokenizer
+
+    def generate(
+        self,
+        prompts: Prompt | Seq[Prompt],
+        sampling_params: SamplingParams | Seq[SamplingParams] | None = None,
+        *,
+        progress: bool = False,
+    ) -> list[RequestOutput]:
+        """Completes every prompt, batched; outputs in the order of the prompts.
+
+        All prompts are checked before any is run. A request that fails later has
+        `finish_reason == "error"` and `.error`; the others are not touched by it.
+        """
+        requests = self._requests(prompts, sampling_params)
+        with progress_bar(progress, len(requests)) as bar:
+            for request in self._run(requests):
+                if request.finished:
+                    bar.finished(request)
+        return [self._intake.output(request) for request in requests]
+
+    def generate_iter(
+        self,
+        prompts: Prompt | Iterable[Prompt],
+        sampling_params: SamplingParams | Seq[SamplingParams] | None = None,
+    ) -> Iterator[RequestOutput]:
+        """Outputs as they grow: a snapshot of a request after each of its steps, then the final."""
+        requests = self._requests(prompts, sampling_params)
+        for request in self._run(requests):
+            yield self._intake.output(request, streaming=not request.finished)
+
+    def chat(
+        self,
+        messages: Seq[Mapping[str, Any]] | Seq[Seq[Mapping[str, Any]]],
+        sampling_params: SamplingParams | Seq[SamplingParams] | None = None,
+        *,
+        progress: bool = False,
+    ) -> list[RequestOutput]:
+        """Answers one conversation or a list of them, through the model's chat template."""
+        one = bool(messages) and isinstance(messages[0], Mapping)
+        conversations: Any = [messages] if one else messages
+        return self.generate(
+            [{"messages": m} for m in conversations], sampling_params, progress=progress
+        )
+
+    # ---- branches ---------------------------------------------------------------------------
+
+    def open(self, prompt: Prompt, *, cache_salt: str | None = None) -> Branch:
+        """Computes the KV of `prompt` and keeps it: fork it, append to it, run it.
+
+        Close it (or use `with`) to give its pages back.
+        """
+        params = SamplingParams(max_tokens=1, cache_salt=cache_salt)
+        request = self._intake.request(prompt, params, samples=False)
+        request.sequences[0].keeps_pages = True
+        for _ in self._run([request]):
+            pass
+        if request.error is not None:
+            raise request.error
+        return Branch(self, request.sequences[0], cache_salt)
+
+    def run(
+        self,
+        branches: Seq[Branch],
+        sampling_params: SamplingParams | Seq[SamplingParams] | None = None,
+    ) -> list[RequestOutput]:
+        """Continues branches, batched. Each keeps its own sequence, output included.
+
+        Branch i draws with `fold_in(seed, i)`, so branches of one prompt differ under one seed.
+        """
+        params = _each(sampling_params, len(branches))
+        if len({id(branch) for branch in branches}) != len(branches):
+            raise ValueError("a branch cannot be run twice at once: fork it")
+        requests = [
+            branch.request(self._intake, p, i)
+            for i, (branch, p) in enumerate(zip(branches, params, strict=True))
+        ]
+        for _ in self._run(requests):
+            pass
+        return [self._intake.output(request) for request in requests]
+
+    # ---- the rest ---------------------------------------------------------------------------
+
+    def get_tokenizer(self) -> Tokenizer:
+        """The model's tokenizer."""
+        return self._tokenizer
+
+    def reset_prefix_cache(self) -> int:
+        """Forgets cached prefixes; the number of pages that became free."""
+        return self.engine.reset_prefix_cache()
+
+    def warm_up(self) -> None:
+        """Compiles every program now. Later calls compile nothing."""
+        self.engine.runner.warm_up()
+
+    def _requests(self, prompts: Any, sampling_params: Any) -> list[Request]:
+        items = [prompts] if _is_one(prompts) else list(prompts)
+        params = _each(sampling_params, len(items))
+        return [self._intake.request(i, p) for i, p in zip(items, params, strict=True)]
+
+    def _run(self, requests: Seq[Request]) -> Iterator[Request]:
+        """Steps the engine until all are over; yields a request whenever it made progress."""
+        try:
+            for request in requests:
+                self.engine.add(request)
+            open_requests = {id(r) for r in requests}
+            while open_requests:
+                for request in self.engine.step():
+                    if id(request) in open_requests:
+                        if request.finished:
+                            open_requests.discard(id(request))
+                        yield request
+        finally:
+            for request in requests:
+                if not request.finished:
+                    self.engine.abort(request)
+
+
+def _known(settings: dict[str, Any]) -> dict[str, Any]:
+    names = {field.name for field in dataclasses.fields(EngineConfig)}
+    for name in settings:
+        if name not in names:
+            raise ValueError(f"unknown setting {name!r}; there are {sorted(names)}")
+    return settings
+
+
+def _each(params: Any, count: int) -> list[SamplingParams]:
+    """One `SamplingParams` per prompt."""
+    if params is None or isinstance(params, SamplingParams):
+        return [params or SamplingParams()] * count
+    if len(params) != count:
+        raise ValueError(f"{len(params)} sampling params for {count} prompts")
+    return list(params)
+
+
+def _is_one(prompts: Any) -> bool:
+    """Whether this is a single prompt rather than a list of them."""
+    if isinstance(prompts, str | Mapping):
+        return True
+    return bool(
+        isinstance(prompts, Seq) and prompts and isinstance(prompts[0], int | Mapping)
+        and not (isinstance(prompts[0], Mapping) and "role" not in prompts[0])
+    )  # fmt: skip

@@ -1,0 +1,313 @@
+"""From a plan to padded arrays and one compiled call. Owns the device's state and its programs.
+
+Programs are compiled ahead, one per bucket, and called directly: a shape that was not foreseen is
+an error, never a silent compilation. `compiles` counts them; after `warm_up()` it must not move.
+"""
+
+import dataclasses
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from kvjax.cache.pages import KVPages, KVSpec, KVView
+from kvjax.decode import (
+    DecodeState,
+    RowRequest,
+    SampleOutput,
+    load_seat,
+    pack_rows,
+    seat_features,
+    stage_arguments,
+)
+from kvjax.models import Transformer
+from kvjax.request import SamplingParams
+from kvjax.schedule import Chunk, Limits, StepPlan
+from kvjax.sequence import Sequence
+from kvjax.step import Bucket, StepBatch, StepLayout, step
+
+_SMALLEST = 16  # tokens of the smallest mixed program
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class RowOwner:
+    """Whom a logits row belongs to."""
+
+    sequence: Sequence
+    draws: bool  # the row's token is the sequence's next; else it scores prompt token `position`
+    position: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Dispatched:
+    """A step on its way: its plan, who owns which logits row, and the results to come."""
+
+    plan: StepPlan
+    owners: tuple[RowOwner, ...]
+    out: SampleOutput
+    bucket: Bucket
+
+
+class Runner:
+    """Runs plans on the device, in the order they come."""
+
+    def __init__(self, model: Transformer, spec: KVSpec, num_pages: int, limits: Limits) -> None:
+        self.spec, self.num_pages, self.limits = spec, num_pages, limits
+        self.config, self.sharding = model.config, model.sharding
+        self._graph, state = nnx.split(model)
+        self._weights, self._weights_tree = jax.tree.flatten(state)
+        self._pages_per_seq = -(-limits.max_model_len // spec.page_size)
+        self.arguments = stage_arguments()
+        self.buckets = ladder(limits)
+        self._programs: dict[Bucket | str, Any] = {}
+        self._layouts: dict[Bucket, StepLayout] = {}
+        self.compiles = 0
+        self.compile_seconds = 0.0
+        self.padded_tokens = self.real_tokens = 0
+        self.rebuild()
+
+    # ---- device state -----------------------------------------------------------------------
+
+    def rebuild(self) -> None:
+        """Makes pages and decode state anew: at the start, and after a step that lost them."""
+        place = self.sharding.pages if self.sharding.mesh is not None else None
+        self.pages = KVPages.allocate(self.spec, self.num_pages, place)
+        self.state = self._replicated(
+            DecodeState.allocate(self.limits.max_num_seqs, self.config.vocab_size)
+        )
+
+    def _replicated(self, tree: Any) -> Any:
+        if self.sharding.mesh is None:
+            return tree
+        everywhere = jax.sharding.NamedSharding(self.sharding.mesh, jax.sharding.PartitionSpec())
+        return jax.device_put(tree, everywhere)
+
+    # ---- programs ---------------------------------------------------------------------------
+
+    def warm_up(self, progress: Callable[[str], None] | None = None) -> None:
+        """Compiles every program that is not there yet, and calls the ones beside the step."""
+        while (name := self.compile_next()) is not None:
+            if progress is not None:
+                progress(name)
+
+    def compile_next(self) -> str | None:
+        """Compiles one more program; its name, or None when all are there."""
+        for key in ("copy_pages", "load_seat", *self.buckets):
+            if key not in self._programs:
+                self._program(key)
+                return str(key)
+        return None
+
+    @property
+    def is_warm(self) -> bool:
+        """Whether every program is compiled."""
+        return len(self._programs) == len(self.buckets) + 2
+
+    def _program(self, key: "Bucket | str") -> Any:
+        if key not in self._programs:
+            start = time.perf_counter()
+            self._programs[key] = self._compile(key)
+            self.compiles += 1
+            self.compile_seconds += time.perf_counter() - start
+        return self._programs[key]
+
+    def _compile(self, key: "Bucket | str") -> Any:
+        pages, state = (jax.tree.map(_abstract, tree) for tree in (self.pages, self.state))
+        if key == "copy_pages":
+            ids = self._abstract_input((self.limits.max_num_seqs,))
+            copy = jax.jit(lambda pages, src, dst: pages.copied(src, dst), donate_argnums=0)
+            return copy.lower(pages, ids, ids).compile()
+        if key == "load_seat":
+            features = seat_features(SamplingParams(), self.config.vocab_size)
+            return load_seat.lower(state, np.int32(0), features).compile()
+        assert isinstance(key, Bucket)
+        layout = self._layout(key)
+
+        @partial(jax.jit, donate_argnums=(1, 2))
+        def run(weights, pages, state, buffer):
+            model = nnx.merge(self._graph, jax.tree.unflatten(self._weights_tree, weights))
+            return step(model, pages, state, layout.unpack(buffer), decode=key.decode)
+
+        buffer = self._abstract_input((layout.size,))
+        return run.lower(self._weights, pages, state, buffer).compile()
+
+    def _abstract_input(self, shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
+        sharding = None
+        if self.sharding.mesh is not None:
+            sharding = jax.sharding.NamedSharding(self.sharding.mesh, jax.sharding.PartitionSpec())
+        return jax.ShapeDtypeStruct(shape, np.int32, sharding=sharding)
+
+    def _layout(self, bucket: Bucket) -> StepLayout:
+        if bucket not in self._layouts:
+            self._layouts[bucket] = StepLayout(
+                bucket, self.spec, self._pages_per_seq, self.arguments
+            )
+        return self._layouts[bucket]
+
+    # ---- running ----------------------------------------------------------------------------
+
+    def dispatch(self, plan: StepPlan) -> Dispatched:
+        """Sends a step to the device and returns at once. Consumes the runner's pages and state.
+
+        If this (or reading the results) raises, pages and state are lost: call `rebuild()`.
+        """
+        bucket = self._bucket(plan)
+        program, layout = self._program(bucket), self._layout(bucket)
+        batch, owners = self._batch(plan, bucket)
+        if plan.copies:
+            self._copy(plan.copies)
+        for sequence in plan.loads:
+            self._load_seat(sequence)
+        self.real_tokens += plan.num_tokens
+        self.padded_tokens += bucket.tokens
+        self.pages, self.state, out = program(
+            self._weights, self.pages, self.state, layout.pack(batch)
+        )
+        return Dispatched(plan, owners, out, bucket)
+
+    def _copy(self, copies: tuple[tuple[int, int], ...]) -> None:
+        width = self.limits.max_num_seqs
+        program = self._program("copy_pages")
+        for first in range(0, len(copies), width):
+            src, dst = np.zeros(width, np.int32), np.full(width, -1, np.int32)
+            for i, (a, b) in enumerate(copies[first : first + width]):
+                src[i], dst[i] = a, b
+            self.pages = program(self.pages, src, dst)
+
+    def _load_seat(self, sequence: Sequence) -> None:
+        request = sequence.request
+        features = seat_features(
+            request.params,
+            self.config.vocab_size,
+            sequence.tokens[: sequence.num_prompt],
+            sequence.output_ids,
+            request.bad_word_ids,
+        )
+        assert sequence.seat is not None
+        self.state = self._program("load_seat")(self.state, np.int32(sequence.seat), features)
+
+    def _bucket(self, plan: StepPlan) -> Bucket:
+        """The smallest program that holds the plan."""
+        scores = any(chunk.scores_prompt for chunk in plan.chunks)
+        if not scores and all(chunk.stop - chunk.start == 1 for chunk in plan.chunks):
+            fits = [b for b in self.buckets if b.decode and b.seqs >= len(plan.chunks)]
+        else:
+            fits = [
+                b
+                for b in self.buckets
+                if not b.decode and b.tokens >= plan.num_tokens and (b.rows == b.tokens) >= scores
+            ]
+        return min(fits)
+
+    def _batch(self, plan: StepPlan, bucket: Bucket) -> tuple[StepBatch, tuple[RowOwner, ...]]:
+        """The plan as padded numpy arrays."""
+        t, s, size = bucket.tokens, bucket.seqs, self.spec.page_size
+        tokens, source = np.zeros(t, np.int32), np.full(t, -1, np.int32)
+        positions, slots = np.zeros(t, np.int32), np.full(t, -1, np.int32)
+        hi = np.zeros(t, np.int32)
+        starts, kv_lens = np.zeros(s + 1, np.int32), np.zeros(s, np.int32)
+        tables = np.zeros((s, self._pages_per_seq), np.int32)
+        rows: list[tuple[int, RowOwner]] = []
+        at = 0
+        for i, chunk in enumerate(plan.chunks):
+            sequence, n = chunk.sequence, chunk.stop - chunk.start
+            span = slice(at, at + n)
+            known = sequence.tokens[chunk.start : chunk.stop]
+            tokens[at : at + len(known)] = known
+            if len(known) < n:
+                source[at + len(known)] = sequence.seat
+            indices = np.arange(chunk.start, chunk.stop, dtype=np.int32)
+            tables[i, : len(sequence.page_ids)] = sequence.page_ids
+            positions[span] = indices
+            slots[span] = tables[i, indices // size] * size + indices % size
+            hi[span] = indices + 1
+            kv_lens[i] = chunk.stop
+            at += n
+            starts[i + 1] = at
+            rows += _rows(chunk, at - n)
+        starts[len(plan.chunks) + 1 :] = at
+        logits_rows = np.zeros(bucket.rows, np.int32)
+        logits_rows[: len(rows)] = [row for row, _ in rows]
+        owners = tuple(owner for _, owner in rows)
+        views = tuple(
+            KVView(
+                write_slots=slots,
+                visible_lo=_lower_bounds(hi, group.window),
+                visible_hi=hi,
+                block_tables=tables,
+                kv_lens=kv_lens,
+            )  # type: ignore[arg-type]
+            for group in self.spec.groups
+        )
+        sampling = pack_rows(
+            [_row_request(owner) for owner in owners],
+            bucket.rows,
+            self.limits.max_num_seqs,
+            self.arguments,
+        )
+        batch = StepBatch(tokens, source, positions, starts, logits_rows, views, sampling)  # type: ignore[arg-type]
+        return batch, owners
+
+
+def ladder(limits: Limits) -> tuple[Bucket, ...]:
+    """The programs of an engine: decode by sequences, mixed by tokens, one to score prompts.
+
+    Powers of two up to the limits, which are themselves the last rungs: nothing is ever padded
+    beyond the step's budget.
+    """
+    seqs = limits.max_num_seqs
+    decode = [Bucket(n, n, n, True) for n in _rungs(1, seqs)]
+    first = min(_SMALLEST, limits.max_num_batched_tokens)
+    mixed = [Bucket(n, seqs, seqs, False) for n in _rungs(first, limits.max_num_batched_tokens)]
+    scored = limits.max_scored_tokens
+    score = [Bucket(scored, seqs, scored, False)] if scored > seqs else []
+    return tuple(sorted([*decode, *mixed, *score]))
+
+
+def _rungs(first: int, last: int) -> list[int]:
+    rungs = []
+    while first < last:
+        rungs.append(first)
+        first *= 2
+    return [*rungs, last]
+
+
+def _lower_bounds(hi: np.ndarray, window: int | None) -> np.ndarray:
+    return np.zeros_like(hi) if window is None else np.maximum(0, hi - window)
+
+
+def _rows(chunk: Chunk, first: int) -> list[tuple[int, RowOwner]]:
+    """Query tokens of a chunk whose logits are wanted, and what for."""
+    sequence, rows = chunk.sequence, []
+    for i in range(chunk.stop - chunk.start):
+        position = chunk.start + i + 1  # of the token that these logits speak of
+        draws = chunk.samples and chunk.start + i + 1 == chunk.stop
+        if draws or (chunk.scores_prompt and position < sequence.num_prompt):
+            rows.append((first + i, RowOwner(sequence, draws, position)))
+    return rows if chunk.scores_prompt else rows[-1:]
+
+
+def _row_request(owner: RowOwner) -> RowRequest:
+    sequence, request = owner.sequence, owner.sequence.request
+    assert sequence.seat is not None
+    wants = request.params.logprobs if owner.draws else request.params.prompt_logprobs
+    return RowRequest(
+        seat=sequence.seat,
+        params=request.params,
+        seed=request.seed,
+        position=owner.position,
+        branch=sequence.branch,
+        num_output_tokens=owner.position - sequence.num_prompt,
+        end_token_ids=sequence.end_token_ids,
+        active=owner.draws,
+        forced_token=-1 if owner.draws else sequence.tokens[owner.position],
+        want_logprobs=wants is not None,
+    )
+
+
+def _abstract(x: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)

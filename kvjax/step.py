@@ -1,0 +1,125 @@
+"""The device side of one step: what it is told (`StepBatch`), and the one function that is jitted.
+
+A step's inputs travel as one int32 buffer: thirty small transfers would cost more than the host
+plans in. `StepLayout` knows where each field lies, on the host (pack) and in the trace (unpack).
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from kvjax.cache.pages import KVPages, KVSpec, KVView
+from kvjax.decode import DecodeState, SampleOutput, SamplingRows, pack_rows, sample
+from kvjax.models import Transformer
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, slots=True)
+class StepBatch:
+    """One step: T query tokens of S sequences, of which L rows give logits."""
+
+    tokens: Array  # i32[T]
+    token_source: Array  # i32[T] -1: `tokens[t]`; else the seat whose last sample is meant
+    positions: Array  # i32[T] for the rotary embedding
+    query_starts: Array  # i32[S + 1]
+    logits_rows: Array  # i32[L] query token whose logits are wanted
+    views: tuple[KVView, ...]  # one per KV group
+    sampling: SamplingRows
+
+
+@dataclasses.dataclass(frozen=True, order=True)
+class Bucket:
+    """The shapes of one compiled program."""
+
+    tokens: int  # T
+    seqs: int  # S
+    rows: int  # L
+    decode: bool  # every sequence brings one token
+
+    def __str__(self) -> str:
+        kind = "decode" if self.decode else "score" if self.rows == self.tokens else "mixed"
+        return f"{kind}{self.tokens}"
+
+
+class StepLayout:
+    """Offsets of a `StepBatch`'s fields in its buffer, for one bucket."""
+
+    def __init__(
+        self, bucket: Bucket, spec: KVSpec, pages_per_seq: int, arguments: Mapping[str, float]
+    ) -> None:
+        self.bucket, self.arguments = bucket, dict(arguments)
+        self._template = _template(bucket, len(spec.groups), pages_per_seq, arguments)
+        leaves, self._tree = jax.tree.flatten(self._template)
+        self._shapes = [leaf.shape for leaf in leaves]
+        self._dtypes = [leaf.dtype for leaf in leaves]
+        sizes = [leaf.size for leaf in leaves]
+        self._starts = np.concatenate([[0], np.cumsum(sizes)])
+        self.size = int(self._starts[-1])
+
+    def pack(self, batch: StepBatch) -> np.ndarray:
+        """The buffer of a batch of numpy arrays."""
+        buffer = np.empty(self.size, np.int32)
+        for i, leaf in enumerate(jax.tree.leaves(batch)):
+            assert leaf.shape == self._shapes[i], (i, leaf.shape, self._shapes[i])
+            words = leaf.astype(np.int32) if leaf.dtype == np.bool_ else leaf.view(np.int32)
+            buffer[self._starts[i] : self._starts[i + 1]] = words.ravel()
+        return buffer
+
+    def unpack(self, buffer: Array) -> StepBatch:
+        """The batch, inside the trace."""
+        leaves = []
+        for i, (shape, dtype) in enumerate(zip(self._shapes, self._dtypes, strict=True)):
+            words = buffer[self._starts[i] : self._starts[i + 1]].reshape(shape)
+            if dtype == np.bool_:
+                leaves.append(words != 0)
+            else:
+                leaves.append(jax.lax.bitcast_convert_type(words, dtype))
+        return jax.tree.unflatten(self._tree, leaves)
+
+
+def _template(
+    bucket: Bucket, num_groups: int, pages_per_seq: int, arguments: Mapping[str, float]
+) -> StepBatch:
+    """A batch of the right shapes; padding everywhere."""
+    t, s, rows = bucket.tokens, bucket.seqs, bucket.rows
+    view = KVView(
+        write_slots=_ints(t, -1),
+        visible_lo=_ints(t, 0),
+        visible_hi=_ints(t, 0),
+        block_tables=np.zeros((s, pages_per_seq), np.int32),
+        kv_lens=_ints(s, 0),
+    )
+    return StepBatch(
+        tokens=_ints(t, 0),
+        token_source=_ints(t, -1),
+        positions=_ints(t, 0),
+        query_starts=_ints(s + 1, 0),
+        logits_rows=_ints(rows, 0),
+        views=(view,) * num_groups,
+        sampling=pack_rows((), rows, 0, arguments),
+    )  # type: ignore[arg-type]
+
+
+def _ints(n: int, value: int) -> Any:
+    return np.full(n, value, np.int32)
+
+
+def step(
+    model: Transformer, pages: KVPages, state: DecodeState, batch: StepBatch, *, decode: bool
+) -> tuple[KVPages, DecodeState, SampleOutput]:
+    """One forward of all query tokens, one draw per logits row. Consumes `pages` and `state`."""
+    on_device = state.last_tokens[jnp.maximum(batch.token_source, 0)]
+    tokens = jnp.where(batch.token_source >= 0, on_device, batch.tokens)
+    hidden = model.embed(tokens)
+    hidden, pages, _ = model.layers(
+        hidden, pages, batch.positions, batch.query_starts, batch.views,
+        max_query_len=1 if decode else None,
+    )  # fmt: skip
+    logits = model.head(hidden[batch.logits_rows])
+    _, state, out = sample(logits, state, batch.sampling)
+    return pages, state, out
