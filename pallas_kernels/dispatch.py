@@ -52,9 +52,8 @@ class Operation:
     def __call__(self, *args: Any, backend: str | None = None, **kwargs: Any) -> Any:
         if backend is not None:
             if backend not in self.implementations:
-                raise ValueError(
-                    f"{self.name} has no backend {backend!r}; there are {list(self.implementations)}"
-                )
+                known = list(self.implementations)
+                raise ValueError(f"{self.name} has no backend {backend!r}; there are {known}")
             return self.implementations[backend](*args, **kwargs)
         refusals: list[Exception] = []
         for name in self.order(jax.default_backend()):

@@ -11,9 +11,12 @@ from jaxtyping import Array, Float, Int8
 
 
 def _dot(x: Array, w: Array, out: jnp.dtype) -> Array:
-    contract = (((x.ndim - 1,), (w.ndim - 1,)), ((), ()))
+    flat = w.reshape(-1, w.shape[-1])  # with several output axes XLA:CPU sums in another order
     precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-    return jax.lax.dot_general(x, w, contract, precision=precision, preferred_element_type=out)
+    y = jax.lax.dot_general(
+        x, flat, (((1,), (1,)), ((), ())), precision=precision, preferred_element_type=out
+    )
+    return y.reshape(x.shape[0], *w.shape[:-1])
 
 
 def _at_least_two_rows(x: Array) -> Array:
@@ -35,7 +38,9 @@ def linear(
     return _dot(x, w, jnp.dtype(jnp.float32))[:rows]
 
 
-def quantise_rows(x: Float[Array, "*rows n"]) -> tuple[Int8[Array, "*rows n"], Float[Array, "*rows 1"]]:
+def quantise_rows(
+    x: Float[Array, "*rows n"],
+) -> tuple[Int8[Array, "*rows n"], Float[Array, "*rows 1"]]:
     """Symmetric int8 with one float32 scale per row: `x ~ q * scale`."""
     x = x.astype(jnp.float32)
     scale = jnp.maximum(jnp.max(jnp.abs(x), axis=-1, keepdims=True), 1e-8) / 127

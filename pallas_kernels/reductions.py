@@ -43,7 +43,7 @@ _EXP_TERMS = (1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1
 
 
 def exp_parts(x: Float[Array, "*shape"]) -> tuple[Float[Array, "*shape"], Float[Array, "*shape"]]:
-    """`(fraction, power)` with `exp(x) = fraction * 2**power`, a whole power, fraction in [0.7, 1.42].
+    """`(fraction, power)`: `exp(x) = fraction * 2**power`, power whole, fraction in [0.7, 1.42].
 
     Range reduction by powers of two and a polynomial of degree 7 on [-ln 2 / 2, ln 2 / 2] (the
     coefficients of Cephes `expf`, Moshier 1987): multiplications and additions only, so no choice

@@ -41,7 +41,7 @@ def paged_attention(
     return_lse: bool = False,
     backend: str | None = None,
 ) -> Any:
-    """Softmax attention of each query token over its visible interval; float32 `[tokens, q_heads, v]`.
+    """Attention of each query token over its visible interval; float32 `[tokens, q_heads, v]`.
 
     Sequence `s` owns the tokens `[query_starts[s], query_starts[s + 1])` and the keys in the pages
     `block_tables[s]`, of which the first `kv_lens[s]` slots are written. Tokens past
@@ -77,7 +77,9 @@ def paged_attention(
             f"{query_starts.shape=} {kv_lens.shape=}"
         )
     if visible_lo.shape != (tokens,) or visible_hi.shape != (tokens,):
-        raise ValueError(f"expected {tokens} intervals, got {visible_lo.shape=} {visible_hi.shape=}")
+        raise ValueError(
+            f"expected {tokens} intervals, got {visible_lo.shape=} {visible_hi.shape=}"
+        )
     if tail_mask is not None and (tail_mask.shape[0] != tokens or tail_mask.dtype != np.uint32):
         raise ValueError(f"tail_mask must be uint32[{tokens}, words], got {tail_mask.shape}")
     if sinks is not None and sinks.shape != (q_heads,):

@@ -9,7 +9,7 @@ The state keeps its maximum as a whole power of two, so that rescaling is exact.
 shapes and not for others (seen on jax 0.12 with 7 rows against 56).
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -64,14 +64,20 @@ def visible(
     return seen & ((bit < 0) | (allowed == 1))
 
 
-def capped(scores: Array, soft_cap: float | None) -> Array:
-    """`soft_cap * tanh(scores / soft_cap)`, or the scores themselves.
+def _apart(x: Any) -> Any:
+    """`x`, computed once and on its own: XLA neither fuses across nor repeats it in each consumer.
 
-    The barrier rounds the product: contracted with what follows it, its bits would depend on shape.
+    What it holds back is contraction, which would tie bits to shapes, and a polynomial evaluated
+    three times. Mosaic TPU has no rule for the barrier; a kernel there needs another definition.
     """
+    return jax.lax.optimization_barrier(x)
+
+
+def capped(scores: Array, soft_cap: float | None) -> Array:
+    """`soft_cap * tanh(scores / soft_cap)`, or the scores themselves."""
     if soft_cap is None:
         return scores
-    return jax.lax.optimization_barrier(soft_cap * jnp.tanh(scores / soft_cap))
+    return _apart(soft_cap * jnp.tanh(scores / soft_cap))
 
 
 def absorb(
@@ -81,10 +87,10 @@ def absorb(
     values: Float[Array, "*b keys v_width"],
 ) -> Softmax:
     """Takes one block of keys into the running softmax. `values` of unseen keys must be finite."""
-    fraction, power = exp_parts(scores)
+    fraction, power = _apart(exp_parts(scores))
     power = jnp.where(mask, power, NEVER)
     m = jnp.maximum(state.m, jnp.max(power, axis=-1, keepdims=True))
-    p = jnp.where(mask, fraction * power_of_two(power - m), 0.0)
+    p = _apart(jnp.where(mask, fraction * power_of_two(power - m), 0.0))
     fade = power_of_two(state.m - m)
     added = _weighted_values(p.astype(values.dtype), values)
     return Softmax(m, state.l * fade + row_sum(p)[..., None], state.acc * fade + added)
@@ -118,7 +124,7 @@ def _weighted_values(
 
 
 def finish(state: Softmax, sinks: Float[Array, "*b rows"] | None) -> tuple[Array, Array]:
-    """Output `[..., rows, v_width]` and log-sum-exp `[..., rows]`; rows without keys: 0 and -inf."""
+    """Output `[..., rows, v_width]` and lse `[..., rows]`; rows without keys give 0 and -inf."""
     m, l, acc = state
     if sinks is not None:
         fraction, power = exp_parts(sinks[..., None])
@@ -127,6 +133,6 @@ def finish(state: Softmax, sinks: Float[Array, "*b rows"] | None) -> tuple[Array
         m, l, acc = top, l * fade + fraction * power_of_two(power - top), acc * fade
     empty = l == 0.0
     l = jnp.where(empty, 1.0, l)
-    log_l = jax.lax.optimization_barrier(jnp.log(l))
+    log_l = _apart(jnp.log(l))
     lse = jnp.where(empty, -jnp.inf, m * LN2_HIGH + (m * LN2_LOW + log_l))
     return acc * (1.0 / l), lse[..., 0]

@@ -49,6 +49,10 @@ class _Attend:
         self, q, pages, block_tables, query_starts, kv_lens, lo, hi,
         scale, tail_mask, soft_cap, sinks, value_width,
     ) -> None:  # fmt: skip
+        # numpy arguments are fine, but cannot be indexed by what is traced in the loops below
+        pages, block_tables, query_starts, kv_lens, lo, hi = jax.tree.map(
+            jnp.asarray, (pages, block_tables, query_starts, kv_lens, lo, hi)
+        )
         tokens, q_heads, self.k_width = q.shape
         self.kv_heads = pages.k.shape[1]
         self.group = q_heads // self.kv_heads
@@ -79,7 +83,7 @@ class _Attend:
         return k, jnp.where(alive[:, None, :, None], v, 0)
 
     def _scores(self, q: Array, k: Array) -> Array:
-        """`[n, kv_heads, rows, keys]` from `[n, kv_heads, rows, d]` and `[n, kv_heads, keys, d]`."""
+        """`[n, kv_heads, rows, keys]` of `q[n, kv_heads, rows, d]`, `k[n, kv_heads, keys, d]`."""
         scores = jax.lax.dot_general(
             q, k, (((3,), (3,)), ((0, 1), (0, 1))),
             precision=jax.lax.Precision.HIGHEST if self.dtype == jnp.float32 else None,
@@ -88,11 +92,13 @@ class _Attend:
         return capped(scores, self.soft_cap)
 
     def decode(self) -> tuple[Array, Array]:
-        """Sequences of one token; token t belongs to the last sequence that starts at or before t."""
+        """Sequences of one token: token t belongs to the last that starts at or before t."""
         tokens = self.q.shape[0]
         owner = _owners(self.query_starts, tokens)
+        real = jnp.arange(tokens, dtype=jnp.int32) < self.query_starts[-1]
+        hi = jnp.where(real, self.hi, 0)
         out, lse = self._decode_rows(
-            self.q, self.block_tables[owner], self.kv_lens[owner], self.lo, self.hi, self.tail_mask
+            self.q, self.block_tables[owner], self.kv_lens[owner], self.lo, hi, self.tail_mask
         )
         return out.reshape(tokens, -1, self.v_width), lse.reshape(tokens, -1)
 
@@ -168,9 +174,8 @@ class _Attend:
 
         def body(c, state):
             keys = c * _BLOCK + jnp.arange(_BLOCK, dtype=jnp.int32)
-            alive = (keys >= lowest) & (keys < highest)
-            k, v = self._block(table, c, alive[None])
             mask = visible(keys, lo, hi, self.kv_lens[s], tail_mask)
+            k, v = self._block(table, c, jnp.any(mask, axis=0)[None])
             scores = self._scores(rows, k)
             mask = jnp.broadcast_to(
                 mask[None, None, :, None], (1, self.kv_heads, tile, self.group, _BLOCK)

@@ -1,0 +1,93 @@
+"""A row's bits depend on the row: not on its batch, its chunk, its tile or the body that ran it."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from tests.pallas_kernels.attention_cases import Heads, Problem, attend, causal, problem
+
+SEQS = [(330, causal(330, 70)), (300, causal(300, 1)), (40, causal(40, 9)), (5, [])]
+NUM_TOKENS = 84  # of which 80 are real
+ALL_SHAPES = [
+    Heads(9, 3, 64),
+    Heads(7, 1, 128),
+    Heads(8, 8, 64),
+    Heads(8, 2, 128),
+    Heads(4, 4, 32),
+    Heads(8, 4, 80),
+    Heads(4, 2, 256),
+    Heads(4, 1, 40, latent=32),
+    Heads(4, 1, 576, latent=512),
+]
+VARIANTS = {
+    "cap": {"soft_cap": 3.0},
+    "sinks": {"sinks": True},
+    "tail": {"tail_words": 2},
+}
+
+
+def assert_same_rows_alone(p: Problem, batches: tuple[int, ...], rows: list[int]) -> None:
+    """Each row of `rows` has the bits of the mixed call when decoded in batches of any size."""
+    o, lse = attend(p)
+    for batch in batches:
+        for i in range(0, len(rows), batch):
+            picked = [rows[j % len(rows)] for j in range(i, i + batch)]
+            o_alone, lse_alone = attend(p.alone(picked), max_query_len=1)
+            np.testing.assert_array_equal(o_alone, o[picked], err_msg=f"{batch=} {picked=}")
+            np.testing.assert_array_equal(lse_alone, lse[picked], err_msg=f"{batch=} {picked=}")
+
+
+@pytest.mark.parametrize(("heads", "bfloat16"), [(ALL_SHAPES[0], True), (ALL_SHAPES[1], False)])
+def test_a_row_decodes_to_the_bits_of_its_prefill(heads, bfloat16):
+    p = problem(1, heads, SEQS, num_tokens=NUM_TOKENS, bfloat16=bfloat16)
+    assert_same_rows_alone(p, (1, 8), list(range(p.num_tokens)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bfloat16", [False, True], ids=["f32", "bf16"])
+@pytest.mark.parametrize("heads", ALL_SHAPES, ids=str)
+def test_a_row_decodes_to_the_bits_of_its_prefill_in_any_batch(heads, bfloat16):
+    p = problem(2, heads, SEQS, num_tokens=NUM_TOKENS, bfloat16=bfloat16)
+    assert_same_rows_alone(p, (1, 2, 3, 4, 8), list(range(p.num_tokens)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_masks_and_score_functions_keep_the_bits(variant):
+    p = problem(3, ALL_SHAPES[1], SEQS, num_tokens=NUM_TOKENS, **VARIANTS[variant])
+    assert_same_rows_alone(p, (1, 8), list(range(p.num_tokens)))
+
+
+def chunk(p: Problem, first: int, last: int) -> Problem:
+    """Query rows `[first, last)` of the first sequence as the whole batch, padded to as many."""
+    size = len(p.q)
+
+    def rows(x):
+        return np.resize(x[first:last], (size, *x.shape[1:]))
+
+    starts = np.full_like(p.query_starts, last - first)
+    starts[0] = 0
+    return dataclasses.replace(p, q=rows(p.q), lo=rows(p.lo), hi=rows(p.hi), query_starts=starts)
+
+
+def test_chunks_may_start_anywhere():
+    p = problem(4, Heads(9, 3, 64), SEQS, num_tokens=NUM_TOKENS)
+    o, lse = attend(p)
+    for first, last in ((0, 2), (3, 70), (64, 70), (5, 69), (69, 70)):
+        part, part_lse = attend(chunk(p, first, last))
+        np.testing.assert_array_equal(part[: last - first], o[first:last])
+        np.testing.assert_array_equal(part_lse[: last - first], lse[first:last])
+
+
+def test_a_tile_may_be_as_small_as_the_batch():
+    p = problem(5, Heads(8, 8, 64), SEQS, num_tokens=NUM_TOKENS)
+    o, _ = attend(p)
+    for first, size in ((0, 2), (30, 3)):
+        small = dataclasses.replace(
+            chunk(p, first, first + size),
+            q=p.q[first : first + size],
+            lo=p.lo[first : first + size],
+            hi=p.hi[first : first + size],
+        )
+        np.testing.assert_array_equal(attend(small)[0], o[first : first + size])

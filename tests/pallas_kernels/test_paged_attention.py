@@ -1,0 +1,193 @@
+"""The XLA backend against the float64 oracle, with NaN wherever nothing may be read."""
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kvjax.pallas_kernels import LayerPages, paged_attention
+from tests.pallas_kernels.attention_cases import (
+    Heads,
+    Seen,
+    assert_matches_reference,
+    attend,
+    causal,
+    problem,
+)
+
+SMOLLM2 = Heads(9, 3, 64)
+SHAPES = [
+    SMOLLM2,
+    Heads(5, 5, 32),
+    Heads(8, 4, 80),
+    Heads(4, 2, 256),
+    Heads(4, 1, 40, latent=32),
+    Heads(9, 1, 64),
+    Heads(8, 8, 64),
+    Heads(8, 2, 128),
+    Heads(7, 1, 128),
+    Heads(4, 1, 576, latent=512),
+]
+LENGTHS = [  # nothing, one, around a page, and more than one tile of queries and block of keys
+    (0, []),
+    (1, causal(1, 1)),
+    (15, causal(15, 15)),
+    (16, causal(16, 1)),
+    (17, causal(17, 2)),
+    (330, causal(330, 70)),
+    (300, causal(300, 1)),
+]
+WINDOWED = [(kv_len, causal(kv_len, len(seen), window=21)) for kv_len, seen in LENGTHS]
+VARIANTS = {
+    "plain": {"seqs": LENGTHS},
+    "window": {"seqs": WINDOWED},
+    "cap": {"seqs": LENGTHS, "soft_cap": 1.5},
+    "sinks": {"seqs": WINDOWED, "sinks": True},
+    "tail": {"seqs": LENGTHS, "tail_words": 2},
+    "all": {"seqs": WINDOWED, "soft_cap": 4.0, "sinks": True, "tail_words": 1},
+}
+NUM_TOKENS = 96  # of which 90 are real
+
+
+@pytest.mark.parametrize("heads", SHAPES[:5], ids=str)
+def test_head_shapes_match_the_oracle(heads):
+    assert_matches_reference(problem(1, heads, LENGTHS, num_tokens=NUM_TOKENS))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("heads", SHAPES[5:], ids=str)
+@pytest.mark.parametrize("bfloat16", [False, True], ids=["f32", "bf16"])
+def test_every_head_shape_matches_the_oracle(heads, bfloat16):
+    p = problem(1, heads, LENGTHS, num_tokens=NUM_TOKENS, bfloat16=bfloat16)
+    assert_matches_reference(p)
+
+
+@pytest.mark.parametrize("heads", [SHAPES[0], SHAPES[4]], ids=str)
+def test_bfloat16_pages_match_the_oracle(heads):
+    p = problem(1, heads, LENGTHS, num_tokens=NUM_TOKENS, bfloat16=True)
+    assert_matches_reference(p)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_mask_and_score_variant_matches_the_oracle(variant):
+    assert_matches_reference(problem(2, SMOLLM2, num_tokens=NUM_TOKENS, **VARIANTS[variant]))
+
+
+@pytest.mark.parametrize("variant", ["plain", "all"])
+def test_the_decode_body_matches_the_oracle(variant):
+    options = dict(VARIANTS[variant])
+    options["seqs"] = [(n, seen[-1:] or [(0, 0)]) for n, seen in options["seqs"]]
+    p = problem(3, SMOLLM2, num_tokens=16, **options)
+    assert_matches_reference(p, max_query_len=1)
+
+
+@pytest.mark.parametrize("page_size", [1, 256])
+def test_any_page_size_that_divides_a_block_works(page_size):
+    p = problem(
+        4, SMOLLM2, LENGTHS, page_size=page_size, pages_per_seq=-(-330 // page_size),
+        num_tokens=NUM_TOKENS,
+    )  # fmt: skip
+    assert_matches_reference(p)
+
+
+@st.composite
+def scattered(draw) -> list[tuple[int, list[Seen]]]:
+    """Three sequences with any interval for any query: scattered recompute, blocks, prefixes."""
+    edges = st.sampled_from([0, 1, 15, 16, 17, 255, 256, 257, 384]) | st.integers(0, 384)
+    seqs = []
+    for _ in range(3):
+        kv_len = draw(edges)
+        ends = st.sampled_from([0, 1, kv_len]) | st.integers(0, kv_len)
+        seqs.append((kv_len, draw(st.lists(st.tuples(ends, ends), max_size=5))))
+    return seqs
+
+
+@settings(max_examples=30, deadline=None)
+@given(scattered(), st.integers(0, 2**32 - 1), st.booleans())
+def test_queries_may_see_any_interval_and_nobody_else_is_read(seqs, seed, tail):
+    p = problem(seed, Heads(4, 2, 32), seqs, num_tokens=16, tail_words=3 if tail else 0)
+    assert_matches_reference(p)
+
+
+def test_a_row_that_sees_nothing_gives_zeros_and_no_mass():
+    p = problem(5, SMOLLM2, [(40, [(7, 7), (20, 3), (0, 40)]), (0, [(0, 1)])])
+    o, lse = attend(p)
+    np.testing.assert_array_equal(o[[0, 1, 3]], 0)
+    np.testing.assert_array_equal(lse[[0, 1, 3]], -np.inf)
+    assert np.isfinite(lse[2]).all()
+
+
+def test_what_is_written_past_a_row_does_not_change_it():
+    """Queries in the middle of a sequence: a mask aligned to its end would see the future."""
+    seqs = [(200, [(0, 31), (0, 32), (0, 90)])]
+    p = problem(6, SMOLLM2, seqs)
+    o, _ = attend(p)
+    whole = problem(6, SMOLLM2, [(200, [(0, 200)])])
+    filled = LayerPages(
+        *(np.where(np.isnan(a), b, a) for a, b in zip(p.pages, whole.pages, strict=True))
+    )
+    again, _ = attend(type(p)(**{**vars(p), "pages": filled}))
+    np.testing.assert_array_equal(o, again)
+
+
+def test_large_scores_neither_overflow_nor_lose_the_row():
+    p = problem(7, SMOLLM2, [(300, causal(300, 3))])
+    loud = type(p)(**{**vars(p), "q": p.q * 200})
+    o, lse = attend(loud)
+    want_o, want_lse = attend(loud, backend="reference")
+    np.testing.assert_allclose(lse, want_lse, rtol=1e-5)
+    np.testing.assert_allclose(o, want_o, atol=2e-3)  # scores of 2000 hold 1e-4
+
+
+def test_lse_can_be_left_out_and_numpy_arguments_need_no_jit():
+    p = problem(8, SMOLLM2, LENGTHS, num_tokens=NUM_TOKENS)
+    o = paged_attention(
+        p.q, p.pages, p.block_tables, p.query_starts, p.kv_lens, p.lo, p.hi, scale=0.125
+    )
+    np.testing.assert_array_equal(o, attend(p)[0])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"q": np.zeros((90, 8, 64), np.float32)}, "not a multiple of 3"),
+        ({"q": np.zeros((90, 9, 32), np.float32)}, "queries are 32 wide"),
+        ({"value_width": 64}, "value_width=64"),
+        ({"kv_lens": np.zeros(3, np.int32)}, "query starts"),
+        ({"hi": np.zeros(4, np.int32)}, "expected 90 intervals"),
+        ({"tail_mask": np.zeros((3, 1), np.uint32)}, "tail_mask"),
+        ({"sinks": np.zeros(3, np.float32)}, "one sink per query head"),
+    ],
+    ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",
+)
+def test_contradicting_shapes_are_refused_with_the_values(change, message):
+    p = problem(9, SMOLLM2, LENGTHS)
+    p = type(p)(**{**vars(p), **change})
+    with pytest.raises(ValueError, match=message):
+        attend(p)
+
+
+def test_a_page_size_that_does_not_divide_a_block_is_refused_with_the_reason():
+    p = problem(10, SMOLLM2, [(5, causal(5, 1))], page_size=48)
+    with pytest.raises(ExceptionGroup) as refusal:
+        attend(p)
+    assert "page_size=48" in str(refusal.value.exceptions[0])
+
+
+def test_nothing_the_size_of_the_pool_is_made():
+    """Reading a block gathers pages; it never converts or copies the pool."""
+    num_pages, width = 4096, 64
+    pool = jax.ShapeDtypeStruct((num_pages, 3, 16, width), np.uint16)
+    ints = {n: jax.ShapeDtypeStruct((n,), np.int32) for n in (8, 9)}
+
+    def call(q, k, v, tables, starts, kv_lens, lo, hi):
+        return paged_attention(q, LayerPages(k, v), tables, starts, kv_lens, lo, hi, scale=0.125)
+
+    lowered = jax.jit(call).lower(
+        jax.ShapeDtypeStruct((8, 9, width), np.float32), pool, pool,
+        jax.ShapeDtypeStruct((8, 64), np.int32), ints[9], ints[8], ints[8], ints[8],
+    )  # fmt: skip
+    memory = lowered.compile().memory_analysis()
+    assert memory is not None
+    assert memory.temp_size_in_bytes < 0.5 * num_pages * 3 * 16 * width * 2
