@@ -6,6 +6,7 @@ Hidden states are float32 `[tokens, hidden]`; matrices are `[..., in]` in the we
 from functools import partial
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import PartitionSpec as P
@@ -114,12 +115,15 @@ class Attention(nnx.Module):
         """Writes the tokens' KV to their slots, then attends. Consumes `pages`."""
         qkv = self.qkv(x)  # [tokens, kv_heads, group + 2, d]
         tokens, kv_heads, _, d = qkv.shape
-        q, k, v = qkv[:, :, : self.group], qkv[:, :, self.group], qkv[:, :, self.group + 1]
-        q = q.reshape(tokens, kv_heads * self.group, d)
         if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
+            q, k = self.q_norm(qkv[:, :, : self.group]), self.k_norm(qkv[:, :, self.group])
+            qk = jnp.concatenate([q, k[:, :, None]], axis=2)
+        else:
+            qk = qkv[:, :, : self.group + 1]
         if self.rotates:
-            q, k = rotate(q, cos_sin), rotate(k, cos_sin)
+            qk = rotate(qk, cos_sin)  # queries and keys in one operation
+        q = qk[:, :, : self.group].reshape(tokens, kv_heads * self.group, d)
+        k, v = qk[:, :, self.group], qkv[:, :, self.group + 1]
         attend = partial(_write_and_attend, scale=self.scale, soft_cap=self.soft_cap,
                          max_query_len=max_query_len)  # fmt: skip
         out, pages = _over_heads(self.sharding, attend, kv_heads)(

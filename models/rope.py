@@ -90,24 +90,26 @@ def _yarn(rope: RopeConfig, inverse: np.ndarray, original: int) -> tuple[np.ndar
 
 
 def rotate(
-    x: Float[Array, "tokens heads d"],
+    x: Float[Array, "tokens *heads d"],
     cos_sin: Float[Array, "tokens 2 half"],
     *,
     interleaved: bool = False,
-) -> Float[Array, "tokens heads d"]:
+) -> Float[Array, "tokens *heads d"]:
     """Rotates the first `2 * half` channels; the rest pass. Float32.
 
     Channel i pairs with i + half, or (`interleaved`) 2i with 2i + 1; an interleaved input comes out
     in the half-split order, which scores cannot tell apart when queries and keys share it.
     """
     half = cos_sin.shape[-1]
-    cos, sin = cos_sin[:, None, 0], cos_sin[:, None, 1]
+    per_head = (slice(None), *(None,) * (x.ndim - 2))
+    cos, sin = cos_sin[:, 0][per_head], cos_sin[:, 1][per_head]  # [tokens, 1.., half]
+    cos, sin = jnp.stack([cos, cos], axis=-2), jnp.stack([-sin, sin], axis=-2)
     head = x[..., : 2 * half]
     if interleaved:
-        a, b = head[..., 0::2], head[..., 1::2]
+        head = head.reshape(*head.shape[:-1], half, 2).swapaxes(-1, -2)
     else:
-        a, b = head[..., :half], head[..., half:]
-    parts = [a * cos - b * sin, b * cos + a * sin]
-    if x.shape[-1] > 2 * half:
-        parts.append(x[..., 2 * half :])
-    return jnp.concatenate(parts, axis=-1)
+        head = head.reshape(*head.shape[:-1], 2, half)
+    turned = (head * cos + head[..., ::-1, :] * sin).reshape(*x.shape[:-1], 2 * half)
+    if x.shape[-1] == 2 * half:
+        return turned
+    return jnp.concatenate([turned, x[..., 2 * half :]], axis=-1)
