@@ -13,7 +13,7 @@ from kvjax.sequence import Request
 class Bar:
     """Counts finished requests; draws only if it has something to draw on."""
 
-    def __init__(self, progress: Progress | None, total: int) -> None:
+    def __init__(self, progress: Progress | None, total: int | None) -> None:
         self._progress = progress
         self._task = progress.add_task("requests", total=total, rate="") if progress else None
         self._start = time.monotonic()
@@ -43,8 +43,8 @@ class Bar:
 
 
 @contextlib.contextmanager
-def progress_bar(show: bool, total: int) -> Iterator[Bar]:
-    """A bar on standard error, or a silent counter."""
+def progress_bar(show: bool, total: int | None) -> Iterator[Bar]:
+    """A bar on standard error, or a silent counter; `total` is None while nobody knows it."""
     if not show:
         yield Bar(None, total)
         return

@@ -69,6 +69,10 @@ class HuggingFaceTokenizer:
         """See the protocol."""
         return self._inner.id_to_token(token_id) if token_id >= 0 else None
 
+    def to_json(self) -> str:
+        """The content of a `tokenizer.json` that holds this vocabulary and its rules."""
+        return self._inner.to_str()
+
 
 def detects(checkpoint: Checkpoint) -> bool:
     """Whether `tokenizer.json` is in the checkpoint's folder."""
