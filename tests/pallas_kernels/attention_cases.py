@@ -45,7 +45,7 @@ class Problem:
 
     def alone(self, rows: Sequence[int]) -> "Problem":
         """The chosen query rows, each as a sequence of one token, in this order."""
-        rows = np.asarray(rows)
+        rows = list(rows)
         owner = np.searchsorted(self.query_starts, rows, side="right") - 1
         return dataclasses.replace(
             self,
