@@ -70,6 +70,10 @@ class StepLayout:
             buffer[self._starts[i] : self._starts[i + 1]] = words.ravel()
         return buffer
 
+    def padding(self) -> StepBatch:
+        """A batch of padding as numpy arrays: nothing is computed, nothing drawn."""
+        return self._template
+
     def unpack(self, buffer: Array) -> StepBatch:
         """The batch, inside the trace."""
         leaves = []
