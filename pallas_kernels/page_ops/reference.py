@@ -1,5 +1,7 @@
 """Page operations in numpy, slot by slot: the specification that backends are tested against."""
 
+from typing import Any
+
 import ml_dtypes
 import numpy as np
 
@@ -21,7 +23,7 @@ def decode(x: np.ndarray) -> np.ndarray:
 def write_slots(pages: LayerPages, k, v, slots) -> LayerPages:
     """See `kvjax.pallas_kernels.write_slots`; returns new arrays."""
     size = pages.page_size
-    out = [None if pool is None else np.array(pool) for pool in pages]
+    out: list[Any] = [None if pool is None else np.array(pool) for pool in pages]
     for t, slot in enumerate(np.asarray(slots)):
         for pool, new in zip(out, (k, v), strict=True):
             if slot >= 0 and pool is not None:
@@ -46,7 +48,7 @@ def gather_slots(pages: LayerPages, slots) -> tuple[np.ndarray, np.ndarray | Non
 def copy_pages(pages: LayerPages, src, dst) -> LayerPages:
     """See `kvjax.pallas_kernels.copy_pages`; returns new arrays."""
 
-    def copy(pool):
+    def copy(pool) -> Any:
         out = np.array(pool)
         for s, d in zip(np.asarray(src), np.asarray(dst), strict=True):
             if d >= 0:

@@ -1,5 +1,7 @@
 """Paged attention in float64 numpy, one row at a time: the specification of every backend."""
 
+from typing import Any
+
 import numpy as np
 
 from kvjax.pallas_kernels.page_ops.reference import decode
@@ -14,7 +16,7 @@ def paged_attention(
     del max_query_len  # a hint for the compiled backends
     q = np.asarray(q).astype(np.float64)
     page_size, kv_heads = pages.page_size, pages.k.shape[1]
-    width = value_width if pages.v is None else pages.v.shape[3]
+    width: Any = value_width if pages.v is None else pages.v.shape[3]
     out = np.zeros((q.shape[0], q.shape[1], width))
     lse = np.full(q.shape[:2], -np.inf)
     for s in range(len(kv_lens)):

@@ -161,8 +161,8 @@ class _Attend:
 
     def _tile(self, padded, s, first, tile: int) -> tuple[Array, Array]:
         """Output and lse of the `tile` query rows from `first` on, all of sequence `s`."""
-        q, lo, hi, tail_mask = (
-            None if x is None else jax.lax.dynamic_slice_in_dim(x, first, tile) for x in padded
+        q, lo, hi, tail_mask = jax.tree.map(
+            lambda x: jax.lax.dynamic_slice_in_dim(x, first, tile), padded
         )
         ours = first + jnp.arange(tile, dtype=jnp.int32) < self.query_starts[s + 1]
         hi = jnp.where(ours, jnp.minimum(hi, self.kv_lens[s]), 0)

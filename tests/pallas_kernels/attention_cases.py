@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import ml_dtypes
@@ -26,15 +27,15 @@ class Heads:
 class Problem:
     """Arguments of one `paged_attention` call, on the host."""
 
-    q: np.ndarray
+    q: Any
     pages: LayerPages
-    block_tables: np.ndarray
-    query_starts: np.ndarray
-    kv_lens: np.ndarray
-    lo: np.ndarray
-    hi: np.ndarray
-    tail_mask: np.ndarray | None = None
-    sinks: np.ndarray | None = None
+    block_tables: Any
+    query_starts: Any
+    kv_lens: Any
+    lo: Any
+    hi: Any
+    tail_mask: Any | None = None
+    sinks: Any | None = None
     soft_cap: float | None = None
     value_width: int | None = None
 
@@ -106,7 +107,7 @@ def problem(
             index = index[(bit < 0) | np.append(bits, 1)[np.maximum(bit, 0)].astype(bool)]
             readable[tables[s, index // page_size], index % page_size] = True
 
-    def pool(width: int) -> np.ndarray:
+    def pool(width: int) -> Any:
         numbers = rng.standard_normal((num_pages, heads.kv, page_size, width))
         numbers = np.where(readable[:, None, :, None], numbers, np.nan).astype(np.float32)
         return numbers.astype(ml_dtypes.bfloat16).view(np.uint16) if bfloat16 else numbers

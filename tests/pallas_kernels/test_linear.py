@@ -1,5 +1,7 @@
 """Products with weights: accurate, and the same bits for a row in every batch."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,7 +19,7 @@ def weights(in_: int, out: int, dtype=np.float32):
     return jnp.asarray(w, dtype)
 
 
-def inputs(rows: int, in_: int) -> np.ndarray:
+def inputs(rows: int, in_: int) -> Any:
     return np.random.default_rng(2).standard_normal((rows, in_)).astype(np.float32)
 
 

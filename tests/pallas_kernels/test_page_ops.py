@@ -1,5 +1,7 @@
 """Writes, gathers and copies of pages: equal to the specification, and in place when donated."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,10 +21,10 @@ jit_gather = jax.jit(gather_slots)
 jit_copy = jax.jit(copy_pages)
 
 
-def random_pages(seed: int, dtype=np.float32, latent: bool = False) -> LayerPages:
+def random_pages(seed: int, dtype=np.float32, latent: bool = False) -> Any:
     rng = np.random.default_rng(seed)
 
-    def pool(width):
+    def pool(width) -> Any:
         numbers = rng.standard_normal((PAGES, HEADS, SIZE, width)).astype(np.float32)
         if dtype == np.uint16:
             return np.asarray(jnp.asarray(numbers, jnp.bfloat16)).view(np.uint16)
@@ -31,7 +33,7 @@ def random_pages(seed: int, dtype=np.float32, latent: bool = False) -> LayerPage
     return LayerPages(pool(8), None if latent else pool(6))
 
 
-def random_tokens(seed: int, latent: bool = False):
+def random_tokens(seed: int, latent: bool = False) -> Any:
     rng = np.random.default_rng(seed)
     k = rng.standard_normal((TOKENS, HEADS, 8)).astype(np.float32)
     v = rng.standard_normal((TOKENS, HEADS, 6)).astype(np.float32)
@@ -51,7 +53,7 @@ slots_of_distinct_tokens = (
     st.lists(st.integers(0, PAGES * SIZE - 1), max_size=TOKENS, unique=True)
     .map(lambda slots: [*slots, *[-1] * (TOKENS - len(slots))])
     .flatmap(st.permutations)
-    .map(lambda slots: np.array(slots, np.int32))
+    .map(lambda slots: jnp.array(slots, jnp.int32))
 )
 
 
@@ -75,7 +77,7 @@ def test_padding_that_is_not_dropped_is_caught():
     operation.register("keeps_padding", keeps_padding)
     try:
         pages, (k, v) = random_pages(1), random_tokens(2)
-        slots = np.array([3, 5, -1, 7, -1, -1, -1, -1], np.int32)
+        slots = jnp.array([3, 5, -1, 7, -1, -1, -1, -1], jnp.int32)
         want = write_slots(pages, k, v, slots, backend="reference")
         assert_same_pages(jit_write(pages, k, v, slots), want)
         with pytest.raises(AssertionError):
@@ -101,7 +103,7 @@ def test_gathered_slots_are_what_is_stored_and_padding_is_zero(slots, kind, late
 
 def test_padding_gathers_zeros_from_a_pool_of_nan():
     pages = LayerPages(*(np.full_like(pool, np.nan) for pool in random_pages(3)))
-    k, v = jit_gather(pages, np.full(TOKENS, -1, np.int32))
+    k, v = jit_gather(pages, jnp.full(TOKENS, -1, jnp.int32))
     assert not np.asarray(k).any()
     assert not np.asarray(v).any()
 
@@ -115,8 +117,8 @@ def test_padding_gathers_zeros_from_a_pool_of_nan():
 )
 def test_copies_read_every_source_before_any_write(src, dst, kept, kind):
     pages = random_pages(4, KINDS[kind])
-    src = np.array(src, np.int32)
-    dst = np.where(kept, dst, -1).astype(np.int32)
+    src = jnp.array(src, jnp.int32)
+    dst = jnp.array(np.where(kept, dst, -1), jnp.int32)
     assert_same_pages(jit_copy(pages, src, dst), copy_pages(pages, src, dst, backend="reference"))
 
 
@@ -125,7 +127,7 @@ def test_copies_read_every_source_before_any_write(src, dst, kept, kind):
 @pytest.mark.parametrize("operation", ["write", "copy"])
 def test_a_donated_pool_is_updated_in_place(operation, latent, dtype):
     """Result aliases the whole pool, and temporaries stay below one per cent of it."""
-    pool = jax.ShapeDtypeStruct((2048, 3, 16, 64), dtype)
+    pool: Any = jax.ShapeDtypeStruct((2048, 3, 16, 64), dtype)
     pages = LayerPages(pool, None if latent else pool)
     new = jax.ShapeDtypeStruct((8, 3, 64), np.float32)
     ids = jax.ShapeDtypeStruct((8,), np.int32)
@@ -151,10 +153,10 @@ def test_a_donated_pool_is_consumed():
 
 def test_arguments_that_do_not_fit_are_refused():
     pages, (k, v) = random_pages(7), random_tokens(8)
-    ids = np.zeros(3, np.int32)
+    ids = jnp.zeros(3, jnp.int32)
     with pytest.raises(ValueError, match="one slot per token"):
         write_slots(pages, k, v, ids)
     with pytest.raises(ValueError, match="values given: False"):
-        write_slots(pages, k, None, np.zeros(TOKENS, np.int32))
+        write_slots(pages, k, None, jnp.zeros(TOKENS, jnp.int32))
     with pytest.raises(ValueError, match="as many sources"):
         copy_pages(pages, ids, ids[:2])

@@ -1,5 +1,7 @@
 """Row sums and the exponential: accurate, and the same bits for a row in every batch."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,7 +24,7 @@ def assert_rows_keep_their_bits(fn, x, counts=ROW_COUNTS) -> None:
             np.testing.assert_array_equal(part, whole[first : first + count], err_msg=f"{count=}")
 
 
-def numbers(rows: int, width: int, seed: int = 0) -> np.ndarray:
+def numbers(rows: int, width: int, seed: int = 0) -> Any:
     return np.random.default_rng(seed).standard_normal((rows, width)).astype(np.float32)
 
 
