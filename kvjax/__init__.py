@@ -6,8 +6,6 @@ place in that order, a **position** turns the rotary embedding; `[lo, hi)` is wh
 see; `num_x` counts, `x_ids` are ids, `x_lens` lengths.
 """
 
-import logging
-
 from kvjax.async_llm import AsyncLLM
 from kvjax.branch import Branch
 from kvjax.config import EngineConfig
@@ -25,8 +23,6 @@ from kvjax.llm import LLM
 from kvjax.request import CompletionOutput, Logprob, RequestOutput, SamplingParams
 
 __version__ = "0.1.0"
-
-logging.getLogger("kvjax").addHandler(logging.NullHandler())
 
 __all__ = [
     "LLM",

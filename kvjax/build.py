@@ -123,6 +123,10 @@ def _announce(spec: KVSpec, num_pages: int, config: EngineConfig, max_model_len:
         f"{group.kind}{'' if group.window is None else f' {group.window}'} {size / 2**20:.0f} MiB"
         for group, size in zip(spec.groups, spec.group_bytes(tokens), strict=True)
     )
+    if not log.hasHandlers():  # an application that configures logging decides for itself
+        log.addHandler(logging.StreamHandler())
+        log.setLevel(logging.INFO)
+        log.propagate = False
     log.info(
         "KV cache: %d pages of %d tokens = %d tokens (%s); up to %d sequences of %d tokens, "
         "%d tokens a step",
