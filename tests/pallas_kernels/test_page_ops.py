@@ -93,7 +93,7 @@ def test_padding_that_is_not_dropped_is_caught():
     st.booleans(),
 )
 def test_gathered_slots_are_what_is_stored_and_padding_is_zero(slots, kind, latent):
-    pages, slots = random_pages(3, KINDS[kind], latent), np.array(slots, np.int32)
+    pages, slots = random_pages(3, KINDS[kind], latent), jnp.array(slots, jnp.int32)
     got = jit_gather(pages, slots)
     for x, y in zip(got, gather_slots(pages, slots, backend="reference"), strict=True):
         assert (x is None) == (y is None)
