@@ -16,6 +16,7 @@ from kvjax.models.tokenizers import Tokenizer
 from kvjax.progress import progress_bar
 from kvjax.request import RequestOutput, SamplingParams
 from kvjax.sequence import Request
+from kvjax.stream import Job, Result, run_stream
 
 
 class LLM:
@@ -73,6 +74,20 @@ class LLM:
         for request in self._run(requests):
             yield self._intake.output(request, streaming=not request.finished)
 
+    def generate_stream(
+        self,
+        jobs: Iterable[Job],
+        *,
+        ordered: bool = False,
+        window: int | None = None,
+    ) -> Iterator[Result]:
+        """Completes (key, prompt, params) jobs of any number, read as the engine drains.
+
+        Yields (key, final output) as requests finish, or in the order of the jobs; a job that is
+        refused yields (key, `ValueError`). At most `window` jobs are in memory.
+        """
+        return run_stream(self.engine, self._intake, jobs, ordered=ordered, window=window)
+
     def chat(
         self,
         messages: Seq[Mapping[str, Any]] | Seq[Seq[Mapping[str, Any]]],
@@ -97,11 +112,15 @@ class LLM:
         params = SamplingParams(max_tokens=1, cache_salt=cache_salt)
         request = self._intake.request(prompt, params, samples=False)
         request.sequences[0].keeps_pages = True
-        for _ in self._run([request]):
-            pass
-        if request.error is not None:
-            raise request.error
-        return Branch(self, request.sequences[0], cache_salt)
+        try:
+            for _ in self._run([request]):
+                pass
+            if request.error is not None:
+                raise request.error
+        except BaseException:
+            self.engine.discard(request.sequences[0])
+            raise
+        return Branch(self.engine, self._intake, request.sequences[0], cache_salt)
 
     def run(
         self,
@@ -110,15 +129,15 @@ class LLM:
     ) -> list[RequestOutput]:
         """Continues branches, batched. Each keeps its own sequence, output included.
 
-        Branch i draws with `fold_in(seed, i)`, so branches of one prompt differ under one seed.
+        With one `SamplingParams` for all, branch i draws as completion i of n would (see
+        `SamplingParams.branch`), so that they differ under one seed; a list is taken as it is.
         """
         params = _each(sampling_params, len(branches))
+        if sampling_params is None or isinstance(sampling_params, SamplingParams):
+            params = [dataclasses.replace(p, branch=p.branch + i) for i, p in enumerate(params)]
         if len({id(branch) for branch in branches}) != len(branches):
             raise ValueError("a branch cannot be run twice at once: fork it")
-        requests = [
-            branch.request(self._intake, p, i)
-            for i, (branch, p) in enumerate(zip(branches, params, strict=True))
-        ]
+        requests = [b.request(p) for b, p in zip(branches, params, strict=True)]
         for _ in self._run(requests):
             pass
         return [self._intake.output(request) for request in requests]
@@ -149,7 +168,10 @@ class LLM:
                 self.engine.add(request)
             open_requests = {id(r) for r in requests}
             while open_requests:
-                for request in self.engine.step():
+                touched = self.engine.step()
+                if not self.engine.has_work:  # another loop over this engine may have ended ours
+                    touched = requests
+                for request in touched:
                     if id(request) in open_requests:
                         if request.finished:
                             open_requests.discard(id(request))

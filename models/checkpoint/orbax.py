@@ -69,7 +69,7 @@ def open(path: Path) -> OrbaxCheckpoint:
 
 def checksum(array: np.ndarray) -> int:
     """CRC-32 of an array's bytes."""
-    return zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+    return zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
 
 
 def file_sizes(part: Path) -> dict[str, int]:

@@ -46,8 +46,11 @@ class HuggingFaceTokenizer:
         self._bytes = {i: token.content.encode() for i, token in added.items()}
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """See the protocol."""
-        return self._inner.encode(text, add_special_tokens=add_special_tokens).ids
+        """See the protocol. Raises `ValueError` for half a surrogate pair, which is no text."""
+        try:
+            return self._inner.encode(text, add_special_tokens=add_special_tokens).ids
+        except TypeError:
+            raise ValueError(f"text must be a str of whole characters, got {text!r:.80}") from None
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
         """See the protocol."""
