@@ -90,9 +90,11 @@ def load_model(
       CorruptWeights: a tensor is missing or has another shape than `config` implies.
       ValueError: unknown `dtype`, or KV heads that the mesh does not divide.
     """
-    family = FAMILIES[config.architecture]
-    tensors = family.tensors(tensors, config)
-    load = Loader(config, tensors, dtype, sharding or Sharding(), deterministic, num_positions)
+    sharding = sharding or Sharding()
+    if sharding.mesh is not None and config.latent is None:  # a latent has one head: replicated
+        sharding.spec(("kv_heads",), (config.num_kv_heads,))  # refuses before anything is read
+    tensors = FAMILIES[config.architecture].tensors(tensors, config)
+    load = Loader(config, tensors, dtype, sharding, deterministic, num_positions)
     return Transformer(load)
 
 

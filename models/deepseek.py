@@ -25,9 +25,10 @@ def config(hf: dict[str, Any]) -> ModelConfig:
     # In V2 only pairs (0,1)(2,3).. exist; V3 may say otherwise.
     interleaved = hf["model_type"] == "deepseek_v2" or bool(hf.get("rope_interleave", True))
     rope = dataclasses.replace(llama.rope(hf, rotary), interleaved=interleaved)
-    return ModelConfig(
-        **llama.fields({**hf, "num_key_value_heads": hf["num_attention_heads"]})
-        | {"head_dim": nope + rotary, "rope": rope},
+    return llama.config(
+        {**hf, "num_key_value_heads": hf["num_attention_heads"]},
+        head_dim=nope + rotary,
+        rope=rope,
         query_scale=(nope + rotary) ** -0.5 * _temperature(rope.factor, rope.mscale_all_dim) ** 2,
         latent=LatentConfig(
             kv_lora_rank=hf["kv_lora_rank"],

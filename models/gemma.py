@@ -37,8 +37,9 @@ _DEFAULTS_3 = _DEFAULTS | {"vocab_size": 262_208, "max_position_embeddings": 131
 def gemma2_config(hf: dict[str, Any]) -> ModelConfig:
     """`ModelConfig` of a Hugging Face `config.json` with `model_type` "gemma2"."""
     hf = {**_DEFAULTS, **hf}
-    return ModelConfig(
-        **_fields(hf, period=2),
+    return _config(
+        hf,
+        period=2,
         attention_soft_cap=hf.get("attn_logit_softcapping", 50.0),
         logit_soft_cap=hf.get("final_logit_softcapping", 30.0),
     )
@@ -58,8 +59,9 @@ def gemma3_config(hf: dict[str, Any]) -> ModelConfig:
     wide |= per_type.get("full_attention") or {}
     near |= per_type.get("sliding_attention") or {}
     text["rope_parameters"] = wide
-    return ModelConfig(
-        **_fields(text, period=text.get("sliding_window_pattern", 6)),
+    return _config(
+        text,
+        period=text.get("sliding_window_pattern", 6),
         qk_norm=True,
         local_rope=llama.rope(text, text["head_dim"], near),
         attention_soft_cap=text.get("attn_logit_softcapping"),
@@ -74,7 +76,7 @@ def gemma3_tensors(tensors: Tensors, config: ModelConfig) -> Tensors:
     return renamed(tensors, lambda name: _WRAPPED.sub(r"\1", name))
 
 
-def _fields(hf: dict[str, Any], period: int) -> dict[str, Any]:
+def _config(hf: dict[str, Any], *, period: int, **differences: Any) -> ModelConfig:
     """What both have in common; every `period`-th layer sees everything."""
     if hf.get("use_bidirectional_attention"):
         raise UnsupportedModel("use_bidirectional_attention: an encoder, not a decoder")
@@ -82,12 +84,14 @@ def _fields(hf: dict[str, Any], period: int) -> dict[str, Any]:
         "sliding_attention" if (layer + 1) % period else "full_attention"
         for layer in range(hf["num_hidden_layers"])
     ]
-    return llama.fields(hf) | {
-        "activation": llama.activation(hf.get("hidden_activation") or "gelu_pytorch_tanh"),
-        "mlp_bias": False,
-        "windows": llama.windows(layer_types, hf["sliding_window"]),
-        "norm_plus_one": True,
-        "post_norms": True,
-        "embed_scale": hf["hidden_size"] ** 0.5,
-        "query_scale": hf["query_pre_attn_scalar"] ** -0.5,
-    }
+    return llama.config(
+        hf,
+        activation=llama.activation(hf.get("hidden_activation") or "gelu_pytorch_tanh"),
+        mlp_bias=False,
+        windows=llama.windows(layer_types, hf["sliding_window"]),
+        norm_plus_one=True,
+        post_norms=True,
+        embed_scale=hf["hidden_size"] ** 0.5,
+        query_scale=hf["query_pre_attn_scalar"] ** -0.5,
+        **differences,
+    )

@@ -74,22 +74,14 @@ class Attention(nnx.Module):
     def __init__(self, load: Loader, prefix: str, layer: int) -> None:
         c = load.config
         d, group = c.head_dim, c.num_heads // c.num_kv_heads
-        q, k, v = (
-            load.get(f"{prefix}.{name}_proj.weight", heads * d, c.hidden_size)
-            for name, heads in (("q", c.num_heads), ("k", c.num_kv_heads), ("v", c.num_kv_heads))
-        )
-        biases = None
-        if c.qkv_bias:
-            biases = _fuse_heads(
-                *(
-                    load.get(f"{prefix}.{name}_proj.bias", heads * d)
-                    for name, heads in (
-                        ("q", c.num_heads), ("k", c.num_kv_heads), ("v", c.num_kv_heads),
-                    )
-                ),
-                c.num_kv_heads, group, d,
-            )  # fmt: skip
-        qkv = _fuse_heads(q, k, v, c.num_kv_heads, group, d)
+        rows = {"q": c.num_heads * d, "k": c.num_kv_heads * d, "v": c.num_kv_heads * d}
+
+        def fused(kind: str, *columns: int) -> np.ndarray:
+            parts = [load.get(f"{prefix}.{n}_proj.{kind}", rows[n], *columns) for n in rows]
+            parts = [part.reshape(c.num_kv_heads, -1, d, *columns) for part in parts]
+            return np.concatenate(parts, axis=1)
+
+        qkv, biases = fused("weight", c.hidden_size), fused("bias") if c.qkv_bias else None
         self.qkv = Linear(load, qkv, ("kv_heads", None, None, None), biases)
         o = load.get(f"{prefix}.o_proj.weight", c.hidden_size, c.num_heads * d)
         o = o.reshape(c.hidden_size, c.num_kv_heads, group * d)
@@ -195,12 +187,6 @@ def _over_heads(sharding: Sharding, fn, kv_heads: int):
         out_specs=(spec, LayerPages(pool, pool)),  # type: ignore[arg-type]
         check_vma=False,
     )
-
-
-def _fuse_heads(q, k, v, kv_heads: int, group: int, d: int):
-    """`[kv_heads, group + 2, d, ...]` from three arrays whose leading axis is heads * d."""
-    parts = [a.reshape(kv_heads, n, d, *a.shape[1:]) for a, n in ((q, group), (k, 1), (v, 1))]
-    return np.concatenate(parts, axis=1)
 
 
 def _stack(arrays):

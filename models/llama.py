@@ -9,17 +9,15 @@ _SCALINGS = ("none", "linear", "dynamic", "llama3", "yarn", "longrope")
 _ALIASES = {"default": "none", "su": "longrope"}
 
 
-def config(hf: dict[str, Any]) -> ModelConfig:
-    """`ModelConfig` of a Hugging Face `config.json` with `model_type` "llama"."""
-    return ModelConfig(**fields(hf))
+def config(hf: dict[str, Any], **differences: Any) -> ModelConfig:
+    """`ModelConfig` of a Hugging Face `config.json` with `model_type` "llama".
 
-
-def fields(hf: dict[str, Any]) -> dict[str, Any]:
-    """The fields that most families share, as keyword arguments of `ModelConfig`."""
+    A family that reads its configuration alike passes the fields of `ModelConfig` that differ.
+    """
     heads = hf["num_attention_heads"]
     head_dim = hf.get("head_dim") or hf["hidden_size"] // heads
     eos = hf.get("eos_token_id")
-    return {
+    fields: dict[str, Any] = {
         "architecture": hf["model_type"],
         "vocab_size": hf["vocab_size"],
         "hidden_size": hf["hidden_size"],
@@ -39,6 +37,7 @@ def fields(hf: dict[str, Any]) -> dict[str, Any]:
         "bos_token_id": hf.get("bos_token_id"),
         "eos_token_ids": tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,),
     }
+    return ModelConfig(**fields | differences)
 
 
 def activation(name: str) -> str:
@@ -89,7 +88,7 @@ def rope(hf: dict[str, Any], head_dim: int, parameters: dict[str, Any] | None = 
     return RopeConfig(
         theta=float(p.get("rope_theta") or hf.get("rope_theta") or 10_000.0),
         rotary_dim=int(head_dim * partial),
-        scaling=scaling,  # type: ignore[arg-type]
+        scaling=scaling,
         factor=float(factor),
         original_max_position=original,
         low_freq_factor=float(p.get("low_freq_factor", 1.0)),

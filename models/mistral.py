@@ -12,6 +12,4 @@ def config(hf: dict[str, Any]) -> ModelConfig:
     """`ModelConfig` of a Hugging Face `config.json` with `model_type` "mistral"."""
     hf = {**_DEFAULTS, **hf}
     window = hf["sliding_window"]
-    return ModelConfig(
-        **llama.fields(hf), windows=(window,) * hf["num_hidden_layers"] if window else ()
-    )
+    return llama.config(hf, windows=(window,) * hf["num_hidden_layers"] if window else ())

@@ -16,9 +16,11 @@ def config(hf: dict[str, Any]) -> ModelConfig:
     if (p.get("rope_type") or p.get("type")) == "yarn":  # early files call LongRoPE so
         p["rope_type"] = "longrope"
     window = hf.get("sliding_window")
-    return ModelConfig(
-        **llama.fields({**hf, "rope_parameters": p})
-        | {"qkv_bias": False, "o_bias": False, "mlp_bias": False},
+    return llama.config(
+        {**hf, "rope_parameters": p},
+        qkv_bias=False,
+        o_bias=False,
+        mlp_bias=False,
         windows=(window,) * hf["num_hidden_layers"] if window else (),
     )
 

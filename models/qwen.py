@@ -8,16 +8,13 @@ from kvjax.models.config import ModelConfig
 
 def qwen2_config(hf: dict[str, Any]) -> ModelConfig:
     """`ModelConfig` of a Hugging Face `config.json` with `model_type` "qwen2"."""
-    return ModelConfig(
-        **llama.fields(hf) | {"qkv_bias": True, "o_bias": False, "mlp_bias": False},
-        windows=_windows(hf),
-    )
+    return llama.config(hf, qkv_bias=True, o_bias=False, mlp_bias=False, windows=_windows(hf))
 
 
 def qwen3_config(hf: dict[str, Any]) -> ModelConfig:
     """`ModelConfig` of a Hugging Face `config.json` with `model_type` "qwen3"."""
     hf = {"head_dim": 128, **hf}
-    return ModelConfig(**llama.fields(hf), qk_norm=True, windows=_windows(hf))
+    return llama.config(hf, qk_norm=True, windows=_windows(hf))
 
 
 def _windows(hf: dict[str, Any]) -> tuple[int | None, ...]:

@@ -14,7 +14,7 @@ def random_tensors(config: ModelConfig, seed: int = 0) -> Tensors:
         values = rng.standard_normal(shape, dtype=np.float32)
         if name.endswith("norm.weight"):
             return 0.1 * values + (0 if config.norm_plus_one else 1)
-        if name == "model.embed_tokens.weight":
+        if name == "model.embed_tokens.weight" and not config.tie_embeddings:
             return values / np.float32(config.embed_scale)
         return values * np.float32(shape[-1] ** -0.5)
 

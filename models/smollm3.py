@@ -21,8 +21,8 @@ def config(hf: dict[str, Any]) -> ModelConfig:
         "full_attention" if turns or not window else "sliding_attention"
         for turns in rotates[:layers]
     ]
-    return ModelConfig(
-        **llama.fields(hf),
+    return llama.config(
+        hf,
         rotary_layers=tuple(bool(turns) for turns in rotates[:layers]),
         windows=llama.windows(layer_types, window),
     )

@@ -1,6 +1,7 @@
 """Runs a `Transformer` over paged KV with plain block tables, for tests of models."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -53,20 +54,24 @@ class PagedRun:
         logits = self._run(ids, positions, slots, starts, tables, kv_lens, decode)
         return {seq: logits[span] for seq, span in spans.items()}
 
-    def _run(self, ids, positions, slots, starts, tables, kv_lens, decode: bool) -> np.ndarray:
-        hi = np.where(slots < 0, 0, positions + 1).astype(np.int32)
+    def _run(
+        self, ids: Any, positions: Any, slots: Any, starts: Any, tables: Any, kv_lens: Any,
+        decode: bool,
+    ) -> np.ndarray:  # fmt: skip
+        hi: Any = np.where(slots < 0, 0, positions + 1).astype(np.int32)
+        lows: list[Any] = [np.maximum(0, hi - (g.window or hi.max())) for g in self.spec.groups]
         views = [
             KVView(
                 write_slots=slots,
-                visible_lo=np.maximum(0, hi - (group.window or len(positions) + hi.max())),
+                visible_lo=lo,
                 visible_hi=hi,
                 block_tables=tables,
                 kv_lens=kv_lens,
-            )  # pyright: ignore[reportArgumentType]
-            for group in self.spec.groups
+            )
+            for lo in lows
         ]
         hidden, self.pages, _ = self.model.layers(
-            self.model.embed(ids), self.pages, positions, starts, views,  # pyright: ignore[reportArgumentType]
+            self.model.embed(ids), self.pages, positions, starts, views,
             max_query_len=1 if decode else None,
         )  # fmt: skip
         return np.asarray(self.model.head(hidden))

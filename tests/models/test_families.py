@@ -36,8 +36,8 @@ WINDOWED = [("mistral", "window"), ("qwen2", "mixed"), ("gemma2", "capped"), ("s
 
 @pytest.fixture(autouse=True, scope="module")
 def quick_compilation() -> Iterator[None]:
-    """What is proved here does not depend on how well XLA optimises, and compiling is all it takes."""
-    before = jax.config.jax_disable_most_optimizations
+    """Nothing here depends on how well XLA optimises, and the time goes into compiling."""
+    before = jax.config.values["jax_disable_most_optimizations"]
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", before)

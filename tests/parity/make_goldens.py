@@ -3,11 +3,14 @@
 Usage, from the repository root, with torch and transformers installed beside kvjax:
 
     python -m tests.parity.make_goldens families
+    python -m tests.parity.make_goldens rope
     python -m tests.parity.make_goldens smollm2
 
 One `.npz` per family holds `weights/<name>` (float16), `cases` (JSON: name, config as written by
 transformers 4 and 5, lengths), `ids/<i>` and `logits/<case>/<i>` (float32, eager attention).
 """
+
+# pyright: reportMissingImports=false
 
 import argparse
 import json
@@ -17,7 +20,7 @@ import numpy as np
 import torch
 import transformers
 
-from tests.parity import smollm2, tiny_models
+from tests.parity import rope_tables, smollm2, tiny_models
 
 GOLDEN = Path(__file__).parents[1] / "models" / "golden"
 
@@ -46,18 +49,19 @@ def family_golden(name: str) -> dict[str, np.ndarray]:
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("what", choices=("families", "smollm2"))
+    parser.add_argument("what", choices=("families", "rope", "smollm2"))
     what = parser.parse_args().what
     GOLDEN.mkdir(exist_ok=True)
     print(f"transformers {transformers.__version__}, torch {torch.__version__}")
     if what == "families":
         for name in tiny_models.FAMILIES:
             path = GOLDEN / f"{name}.npz"
-            np.savez(path, **family_golden(name))
+            np.savez(path, **family_golden(name))  # type: ignore[arg-type]
             print(f"{path.name}: {path.stat().st_size / 1e3:.0f} kB")
     else:
-        path = GOLDEN / "smollm2.json"
-        path.write_text(json.dumps(smollm2.golden(), separators=(",", ":")) + "\n")
+        content = smollm2.golden() if what == "smollm2" else rope_tables.golden()
+        path = GOLDEN / f"{what}.json"
+        path.write_text(json.dumps(content, separators=(",", ":")) + "\n")
         print(f"{path.name}: {path.stat().st_size / 1e3:.0f} kB")
 
 

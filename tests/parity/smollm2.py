@@ -4,6 +4,8 @@ The weights are those of the same GGUF file, read by transformers' own loader; t
 with ours, tensor by tensor, before anything else.
 """
 
+# pyright: reportMissingImports=false
+
 from typing import Any
 
 import numpy as np

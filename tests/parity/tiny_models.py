@@ -3,6 +3,8 @@
 Weights are multiples that float16 holds exactly, so that a file of half the size has all of them.
 """
 
+# pyright: reportMissingImports=false
+
 import dataclasses
 from typing import Any
 
