@@ -2,6 +2,7 @@
 
 import asyncio
 import collections
+import contextlib
 import dataclasses
 import threading
 from collections.abc import AsyncIterator, Callable
@@ -21,18 +22,34 @@ from kvjax.sequence import Request
 
 @dataclasses.dataclass(eq=False)
 class _Stream:
-    """Where one request's outputs go: a queue of the caller's event loop."""
+    """Where one request's outputs go. Snapshots are cumulative, so only the newest is kept."""
 
     request: Request
     loop: asyncio.AbstractEventLoop
-    queue: "asyncio.Queue[RequestOutput | BaseException]"
+    news: asyncio.Event = dataclasses.field(default_factory=asyncio.Event)
+    newest: RequestOutput | BaseException | None = None
 
-    def send(self, item: RequestOutput | BaseException) -> None:
-        """Puts an output on the queue, from the engine's thread."""
-        try:
-            self.loop.call_soon_threadsafe(self.queue.put_nowait, item)
-        except RuntimeError:  # the caller's loop is closed: nobody listens any more
-            return
+    def send(self, item: RequestOutput | BaseException) -> bool:
+        """Hands an output over, from the engine's thread; whether anybody can still listen."""
+
+        def deliver() -> None:
+            self.newest = item
+            self.news.set()
+
+        return _call_soon(self.loop, deliver)
+
+    async def receive(self) -> RequestOutput:
+        """The newest output not seen yet; raises what was sent instead of one."""
+        await self.news.wait()
+        self.news.clear()
+        if isinstance(self.newest, BaseException):
+            raise self.newest
+        assert self.newest is not None
+        return self.newest
+
+
+# Work for the engine's thread. It is called with None, or with why it cannot be done any more.
+_Call = Callable[[BaseException | None], None]
 
 
 class AsyncLLM:
@@ -58,7 +75,7 @@ class AsyncLLM:
         self.engine, self._intake = built.engine, built.intake
         self._tokenizer = built.tokenizer
         self._compiles = compile_when_idle
-        self._calls: collections.deque[Callable[[], None]] = collections.deque()
+        self._calls: collections.deque[_Call] = collections.deque()
         self._streams: dict[str, _Stream] = {}  # engine thread only
         self._wake = threading.Condition()
         self._stopping = False
@@ -79,37 +96,44 @@ class AsyncLLM:
         """
         params = sampling_params or SamplingParams()
         request = self._intake.request(prompt, params, request_id=request_id)
-        stream = _Stream(request, asyncio.get_running_loop(), asyncio.Queue())
-        self._call(lambda: self._add(stream))
+        stream = _Stream(request, asyncio.get_running_loop())
+        self._call(lambda error: self._add(stream, error))
         finished = False
         try:
             while not finished:
-                item = await stream.queue.get()
-                while not stream.queue.empty() and isinstance(item, RequestOutput):
-                    item = stream.queue.get_nowait()  # snapshots are cumulative: take the newest
-                if isinstance(item, BaseException):
-                    finished = True
-                    raise item
-                finished = item.finished
-                yield item
+                output = await stream.receive()
+                finished = output.finished
+                yield output
         finally:
             if not finished:
-                self._call(lambda: self._abort(request.request_id))
+                with contextlib.suppress(KVJaxError):  # shut down: nothing is left to abort
+                    self._call(lambda error: self._abort(stream, error))
 
     async def abort(self, request_id: str) -> None:
         """Ends a request; its stream closes with `finish_reason == "abort"`."""
-        self._call(lambda: self._abort(request_id))
+        self._call(lambda error: self._abort(self._streams.get(request_id), error))
 
     async def call(self, fn: Callable[[], Any]) -> Any:
         """Runs `fn()` in the engine's thread between two steps, for whatever must not race it."""
-        loop, future = asyncio.get_running_loop(), asyncio.get_running_loop().create_future()
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[Any] = loop.create_future()
 
-        def run() -> None:
-            try:
-                result = fn()
-                loop.call_soon_threadsafe(future.set_result, result)
-            except Exception as error:
-                loop.call_soon_threadsafe(future.set_exception, error)
+        def finish(result: Any, error: BaseException | None) -> None:
+            if future.done():  # the caller was cancelled
+                return
+            if error is None:
+                future.set_result(result)
+            else:
+                future.set_exception(error)
+
+        def run(error: BaseException | None) -> None:
+            result = None
+            if error is None:
+                try:
+                    result = fn()
+                except Exception as raised:
+                    error = raised
+            _call_soon(loop, lambda: finish(result, error))
 
         self._call(run)
         return await future
@@ -123,7 +147,7 @@ class AsyncLLM:
         return self._tokenizer
 
     def shutdown(self) -> None:
-        """Ends the thread; open streams close with an error. Blocks until the current step is done."""
+        """Ends the thread; open streams close with an error. Blocks while a step is under way."""
         with self._wake:
             self._stopping = True
             self._wake.notify()
@@ -131,24 +155,29 @@ class AsyncLLM:
 
     # ---- engine thread ----------------------------------------------------------------------
 
-    def _call(self, fn: Callable[[], None]) -> None:
+    def _call(self, fn: _Call) -> None:
         with self._wake:
             if self._stopping or not self._thread.is_alive():
                 raise KVJaxError("the engine is shut down") from self._error
             self._calls.append(fn)
             self._wake.notify()
 
-    def _add(self, stream: _Stream) -> None:
+    def _add(self, stream: _Stream, error: BaseException | None) -> None:
         request_id = stream.request.request_id
-        if request_id in self._streams:
-            stream.send(ValueError(f"request id {request_id!r} is in use"))
+        if error is None and request_id in self._streams:
+            error = ValueError(f"request id {request_id!r} is in use")
+        if error is not None:
+            stream.send(error)
             return
         self._streams[request_id] = stream
         self.engine.add(stream.request)
 
-    def _abort(self, request_id: str) -> None:
-        stream = self._streams.pop(request_id, None)
-        if stream is not None and not stream.request.finished:
+    def _abort(self, stream: _Stream | None, error: BaseException | None) -> None:
+        """Ends a stream's request, unless it is over or was refused."""
+        if stream is None or error is not None:
+            return
+        if self._streams.get(stream.request.request_id) is stream:
+            del self._streams[stream.request.request_id]
             self.engine.abort(stream.request)
             stream.send(self._intake.output(stream.request))
 
@@ -157,7 +186,7 @@ class AsyncLLM:
         try:
             while not self._stopping:
                 while self._calls:
-                    self._calls.popleft()()
+                    self._calls.popleft()(None)
                 if self.engine.has_work:
                     self._publish(self.engine.step())
                 elif not (self._compiles and self.engine.runner.compile_next()):
@@ -167,7 +196,10 @@ class AsyncLLM:
             self._error = error = failure
             raise
         finally:
-            self._stopping = True
+            with self._wake:
+                self._stopping = True  # from here on nothing is queued
+            while self._calls:
+                self._calls.popleft()(error)
             for stream in self._streams.values():
                 stream.send(error)
 
@@ -177,8 +209,19 @@ class AsyncLLM:
             if stream is None or stream.request is not request:
                 continue
             if request.error is not None:
-                stream.send(request.error)
+                heard = stream.send(request.error)
             else:
-                stream.send(self._intake.output(request, streaming=not request.finished))
+                heard = stream.send(self._intake.output(request, streaming=not request.finished))
             if request.finished:
                 del self._streams[request.request_id]
+            elif not heard:  # the caller's loop is closed
+                self._abort(stream, None)
+
+
+def _call_soon(loop: asyncio.AbstractEventLoop, fn: Callable[[], None]) -> bool:
+    """Runs `fn` in a loop of another thread; False if that loop is closed."""
+    try:
+        loop.call_soon_threadsafe(fn)
+    except RuntimeError:
+        return False
+    return True

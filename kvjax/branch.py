@@ -1,14 +1,13 @@
 """A sequence that outlives its request: computed once, forked, continued, closed."""
 
-from typing import TYPE_CHECKING, Any
+import dataclasses
+from collections.abc import Iterable
 
+from kvjax.engine import Engine
 from kvjax.errors import KVJaxError
 from kvjax.intake import Intake
 from kvjax.request import SamplingParams
 from kvjax.sequence import Request, Sequence, Status
-
-if TYPE_CHECKING:
-    from kvjax.llm import LLM
 
 
 class Branch:
@@ -18,8 +17,11 @@ class Branch:
     the branches writes to it.
     """
 
-    def __init__(self, llm: "LLM", sequence: Sequence, cache_salt: str | None) -> None:
-        self._llm, self._sequence, self._salt = llm, sequence, cache_salt
+    def __init__(
+        self, engine: Engine, intake: Intake, sequence: Sequence, cache_salt: str | None
+    ) -> None:
+        self._engine, self._intake = engine, intake
+        self._sequence, self._salt = sequence, cache_salt
         self._closed = False
 
     @property
@@ -32,15 +34,15 @@ class Branch:
         """How many of them have their KV on the device."""
         return self._sequence.num_computed
 
-    def append(self, text_or_ids: Any) -> "Branch":
-        """Adds text (tokenised by itself) or token ids; computed at the next run."""
+    def append(self, text_or_ids: str | Iterable[int]) -> "Branch":
+        """Adds text (tokenised by itself) or token ids; computed at the next run.
+
+        Raises `ValueError`, and adds nothing, for ids that are not in the vocabulary.
+        """
         sequence = self._usable()
         if isinstance(text_or_ids, str):
-            tokenizer = self._llm.get_tokenizer()
-            ids = tokenizer.encode(text_or_ids, add_special_tokens=False)
-        else:
-            ids = list(text_or_ids)
-        sequence.tokens.extend(ids)
+            text_or_ids = self._intake.tokenizer.encode(text_or_ids, add_special_tokens=False)
+        sequence.tokens.extend(self._intake.checked_ids(text_or_ids))
         return self
 
     def fork(self, count: int) -> list["Branch"]:
@@ -53,12 +55,12 @@ class Branch:
             child = Sequence(
                 parent.request, list(parent.tokens), keeps_pages=True, status=Status.FINISHED
             )
-            self._llm.engine.park(child, parent)
-            branches.append(Branch(self._llm, child, self._salt))
+            self._engine.park(child, parent)
+            branches.append(Branch(self._engine, self._intake, child, self._salt))
         return branches
 
-    def request(self, intake: Intake, params: SamplingParams, place: int) -> Request:
-        """The request that continues this branch as number `place` of its batch."""
+    def request(self, params: SamplingParams) -> Request:
+        """The request that continues this branch. It stays in the branch's `cache_salt`."""
         sequence = self._usable()
         if params.n != 1:
             raise ValueError(f"a branch runs with n=1, got n={params.n}: fork it instead")
@@ -68,16 +70,14 @@ class Branch:
             )
         if params.cache_salt not in (None, self._salt):
             raise ValueError(f"the branch was opened with cache_salt={self._salt!r}")
-        request = intake.from_ids(list(sequence.tokens), params, sequence=sequence)
-        request.num_cached_tokens = sequence.num_computed
-        sequence.branch = place
-        return request
+        params = dataclasses.replace(params, cache_salt=self._salt)
+        return self._intake.from_ids(list(sequence.tokens), params, sequence=sequence)
 
     def close(self) -> None:
         """Gives the pages back. Closing twice does nothing."""
         if not self._closed:
             self._closed = True
-            self._llm.engine.discard(self._sequence)
+            self._engine.discard(self._sequence)
 
     def _usable(self) -> Sequence:
         if self._closed:

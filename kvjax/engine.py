@@ -44,6 +44,8 @@ class Engine:
         decode_token: Callable[[int], str] | None = None,
     ) -> None:
         self.config, self.spec, self.clock = config, spec, clock
+        # The last token's KV is never needed: a sequence may be one longer than the pool.
+        max_model_len = min(max_model_len, num_pages * spec.page_size + 1)
         self.limits = Limits(
             config.max_num_seqs,
             config.max_num_batched_tokens,
@@ -59,6 +61,7 @@ class Engine:
         self._decode_token = decode_token
         self._in_flight: Dispatched | None = None
         self._parked: set[Sequence] = set()
+        self._ended: set[Sequence] = set()  # over, but the step in flight still computes for them
         self._suspects = Suspects()
         self._failed: list[Request] = []
 
@@ -115,6 +118,9 @@ class Engine:
         except jax.errors.JaxRuntimeError as error:
             steps = [s.plan for s in (previous, self._in_flight) if s is not None]
             self._recover([*steps, dispatching] if dispatching else steps, error)
+        except BaseException:  # an interrupt, or a bug: what was planned may not have been computed
+            self._start_over()
+            raise
         touched |= {id(r): r for r in self._take_failed()}
         return list(touched.values())
 
@@ -125,9 +131,10 @@ class Engine:
         report = _read_report(step.out, step.owners)
         now = self.clock()
         touched = {}
+        ended, self._ended = self._ended, set()
         for row, owner in enumerate(step.owners):
             sequence = owner.sequence
-            if sequence.status is Status.FINISHED:
+            if sequence.status is Status.FINISHED or sequence in ended:
                 continue  # it ended one step before; this token is discarded
             request = sequence.request
             touched[id(request)] = request
@@ -181,6 +188,8 @@ class Engine:
     def _finish(self, sequence: Sequence, reason: FinishReason) -> None:
         sequence.finish_reason = reason
         self.scheduler.finish(sequence)
+        if self._in_flight is not None:
+            self._ended.add(sequence)  # it may be run again before that step is committed
         if sequence.keeps_pages:
             self._parked.add(sequence)
         self._suspects.drop(sequence)
@@ -226,30 +235,35 @@ class Engine:
         return failed
 
     def _recover(self, plans: Iterable[StepPlan], error: Exception) -> None:
-        """The device lost pages and state: rebuilds both, starts everyone over, finds the culprit.
+        """The device lost pages and state: starts everyone over, and finds the culprit.
 
-        Sequences keep their tokens and compute their KV again. The steps that were in flight are
-        run again in halves until one sequence is left to blame; the others never notice.
+        The steps that were in flight are run again in halves until one sequence is left to blame;
+        the others never notice.
         """
+        sequences = {chunk.sequence for plan in plans for chunk in plan.chunks}
+        alive = {s for s in sequences if s.status is not Status.FINISHED and s not in self._ended}
+        self._start_over()
+        culprit = self._suspects.failed(alive, others=len(alive) < len(sequences))
+        if culprit is not None:
+            blame = StepFailed(f"the device step failed: {_first_line(error)}")
+            blame.__cause__ = error
+            self._fail(culprit.request, blame)
+
+    def _start_over(self) -> None:
+        """Pages and decode state anew; every sequence computes its KV again from its tokens."""
         self._in_flight = None
-        chunks = [chunk for plan in plans for chunk in plan.chunks]
-        involved = {c.sequence for c in chunks if c.sequence.status is not Status.FINISHED}
+        self._ended.clear()
         for sequence in (*self.scheduler.running, *self.scheduler.waiting):
             sequence.num_pending = 0
         self.scheduler.forget()
         for sequence in self._parked:
             self.scheduler.release(sequence)
         self.runner.rebuild()
-        culprit = self._suspects.failed(involved)
-        if culprit is not None:
-            blame = StepFailed(f"the device step failed: {_first_line(error)}")
-            blame.__cause__ = error
-            self._fail(culprit.request, blame)
 
     # ---- beside the loop --------------------------------------------------------------------
 
     def reset_prefix_cache(self) -> int:
-        """Forgets every cached prefix that nobody uses; the number of pages freed."""
+        """Forgets every cached prefix; the number of pages freed. Who uses one keeps its pages."""
         tree = self.scheduler.tree
         return 0 if tree is None else tree.reset()
 

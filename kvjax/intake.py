@@ -1,12 +1,15 @@
 """From what a caller passes to a `Request`, and from a `Request` to what a caller gets back."""
 
+import dataclasses
 import itertools
+import numbers
 import random
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Sequence as Seq
 from typing import Any
 
+from kvjax.decode import RowRequest, pack_rows, seat_features, stage_arguments
 from kvjax.errors import PromptTooLong
 from kvjax.models.chat import render_chat
 from kvjax.models.tokenizers import Tokenizer
@@ -57,6 +60,8 @@ class Intake:
           PromptTooLong: the prompt and one token do not fit the context or the page pool.
         """
         text, ids = self.tokens(prompt)
+        if text is not None:
+            ids = self.checked_ids(ids)  # a vocabulary can be larger than the model's
         return self.from_ids(ids, params, text=text, request_id=request_id, samples=samples)
 
     def from_ids(
@@ -71,27 +76,31 @@ class Intake:
     ) -> Request:
         """The same from token ids; `sequence` is a parked one that goes on, with these tokens."""
         self._check(ids, params)
+        bad_word_ids = self._bad_words(params)
+        self._check_device_limits(params, bad_word_ids)
         arrival = next(self._arrivals)
         request = Request(
             request_id=str(arrival) if request_id is None else request_id,
-            prompt_ids=ids,
+            prompt_ids=tuple(ids),
             params=params,
             seed=self._seed() if params.seed is None else params.seed,
             metrics=RequestMetrics(arrival_time=self.clock()),
             arrival=arrival,
             prompt=text,
-            bad_word_ids=self._bad_words(params),
+            bad_word_ids=bad_word_ids,
             samples=samples,
         )
         if params.prompt_logprobs is not None:
-            request.prompt_logprobs = [None] * len(ids)
+            request.prompt_logprobs = [None for _ in ids]
         ends = () if params.ignore_eos else self.end_token_ids
-        for branch in range(params.n):
-            branched = sequence if sequence is not None else Sequence(request, list(ids), branch)
+        for branch in range(params.branch, params.branch + params.n):
+            branched = sequence if sequence is not None else Sequence(request, list(ids))
             branched.request, branched.branch, branched.num_prompt = request, branch, len(ids)
             branched.end_token_ids = ends
             branched.finish_reason = branched.stop_reason = None
-            branched.text = TextStream(self.tokenizer, params) if samples else None
+            if samples:
+                stops = (*ends, *(params.stop_token_ids or ()))
+                branched.text = TextStream(self.tokenizer, params, stops)
             branched.logprobs = [] if params.logprobs is not None else None
             branched.cumulative_logprob = 0.0
             request.sequences.append(branched)
@@ -112,24 +121,31 @@ class Intake:
                 f"a prompt mapping needs 'prompt', 'prompt_token_ids' or 'messages', got "
                 f"{sorted(map(str, prompt))}"
             )
-        if not isinstance(prompt, Seq):
+        if not isinstance(prompt, Seq) or isinstance(prompt, bytes | bytearray):
             raise ValueError(
                 f"a prompt is text, token ids or messages, got {type(prompt).__name__}"
             )
         if prompt and all(isinstance(item, Mapping) for item in prompt):
             text = render_chat(self.tokenizer, list(prompt))  # type: ignore[arg-type]
             return text, self.tokenizer.encode(text, add_special_tokens=False)
-        if not all(isinstance(i, int) and not isinstance(i, bool) for i in prompt):
-            raise ValueError(f"token ids must be integers, got {list(prompt)[:8]!r}")
-        return None, [int(i) for i in prompt]  # type: ignore[arg-type]
+        return None, self.checked_ids(prompt)
+
+    def checked_ids(self, ids: Iterable[Any]) -> list[int]:
+        """`ids` as a list. Raises `ValueError` for what is no integer or not in the vocabulary."""
+        ids = list(ids)
+        if not all(isinstance(i, numbers.Integral) and not isinstance(i, bool) for i in ids):
+            raise ValueError(f"token ids must be integers, got {ids[:8]!r}")
+        if ids and (min(ids) < 0 or max(ids) >= self.vocab_size):
+            wrong = next(i for i in ids if not 0 <= i < self.vocab_size)
+            raise ValueError(f"token id {wrong} is not in the vocabulary of {self.vocab_size}")
+        return [int(i) for i in ids]
 
     def _check(self, ids: list[int], params: SamplingParams) -> None:
+        if not isinstance(params, SamplingParams):
+            raise ValueError(f"expected SamplingParams, got {type(params).__name__}")
         if not ids:
             raise ValueError("the prompt has no tokens")
         params.validate_for(self.vocab_size, self.max_model_len)
-        for i in ids:
-            if not 0 <= i < self.vocab_size:
-                raise ValueError(f"token id {i} is not in the vocabulary of {self.vocab_size}")
         if len(ids) >= self.max_model_len:
             raise PromptTooLong(
                 f"the prompt has {len(ids)} tokens; with one to generate, max_model_len="
@@ -139,6 +155,16 @@ class Intake:
             raise PromptTooLong(
                 f"the prompt has {len(ids)} tokens; the KV cache holds {self.max_prompt_tokens}"
             )
+
+    def _check_device_limits(
+        self, params: SamplingParams, bad_word_ids: tuple[tuple[int, ...], ...]
+    ) -> None:
+        """Packs what a step would, so that what does not fit is refused here and not there."""
+        if params.extra_args or params.min_tokens:
+            row = RowRequest(0, params, 0, 0, end_token_ids=self.end_token_ids)
+            pack_rows([row], 1, 1, stage_arguments())
+        if bad_word_ids:
+            seat_features(params, self.vocab_size, bad_word_ids=bad_word_ids)
 
     def _seed(self) -> int:
         return self._random.getrandbits(64) if self._random else secrets.randbits(64)
@@ -160,23 +186,23 @@ class Intake:
         return RequestOutput(
             request_id=request.request_id,
             prompt=request.prompt,
-            prompt_token_ids=tuple(request.prompt_ids),
-            outputs=tuple(_completion(s, streaming) for s in request.sequences),
+            prompt_token_ids=request.prompt_ids,
+            outputs=tuple(_completion(i, s, streaming) for i, s in enumerate(request.sequences)),
             finished=request.finished,
             prompt_logprobs=None if logprobs is None else tuple(logprobs),
-            metrics=request.metrics,
+            metrics=dataclasses.replace(request.metrics),
             num_cached_tokens=request.num_cached_tokens,
             error=request.error,
         )
 
 
-def _completion(sequence: Sequence, streaming: bool) -> CompletionOutput:
+def _completion(index: int, sequence: Sequence, streaming: bool) -> CompletionOutput:
     text = sequence.text
     shown = ""
     if isinstance(text, TextStream):
         shown = text.shown if streaming else text.text
     return CompletionOutput(
-        index=sequence.branch,
+        index=index,
         text=shown,
         token_ids=sequence.output_ids,
         cumulative_logprob=None if sequence.logprobs is None else sequence.cumulative_logprob,

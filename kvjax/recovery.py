@@ -26,13 +26,16 @@ class Suspects:
         """The only sequences that may run now; None: all."""
         return frozenset(self._groups[0]) if self._groups else None
 
-    def failed(self, involved: Iterable[Sequence]) -> Sequence | None:
-        """Notes that a step with `involved` raised; returns the culprit once it is certain."""
+    def failed(self, involved: Iterable[Sequence], others: bool) -> Sequence | None:
+        """Notes that a step with `involved` raised; returns the culprit once it is certain.
+
+        `others`: sequences were in it that are over by now, and may have been the cause.
+        """
         # Two steps may have been in flight, each one token further than the host knew.
         group = {sequence: len(sequence.tokens) + 1 for sequence in involved}
         if self._groups:
             self._groups.pop(0)  # the group under test is what failed
-        if len(group) == 1:
+        if len(group) == 1 and not others:
             return next(iter(group))
         members = sorted(group, key=lambda sequence: sequence.order)
         half = len(members) // 2

@@ -57,6 +57,7 @@ class SamplingParams:
     frequency_penalty: float = 0.0  # the same, times their count
     repetition_penalty: float = 1.0  # on tokens of prompt and output
     seed: int | None = None  # None (or -1): the engine picks one
+    branch: int = 0  # number of the first completion: n=1, branch=2 repeats the third one of n=3
     stop: str | Sequence[str] | None = None  # kept as a tuple
     stop_token_ids: Sequence[int] | None = None  # kept as a tuple
     ignore_eos: bool = False
@@ -227,6 +228,7 @@ class RequestOutput:
 
 _INTEGERS = (  # name, least, most
     ("n", 1, MAX_BRANCHES),
+    ("branch", 0, 2**30),
     ("min_tokens", 0, 2**31 - 1),
     ("top_k", -1, 2**31 - 1),
     ("priority", -(2**63), 2**63 - 1),

@@ -8,8 +8,6 @@ Others that share it (a fork, a prefix hit) copy it before their first write.
 import dataclasses
 from collections.abc import Callable
 
-import numpy as np
-
 from kvjax.cache.pool import PagePool
 from kvjax.cache.radix import RadixTree
 from kvjax.errors import OutOfPages
@@ -62,6 +60,7 @@ class Scheduler:
         self.running: list[Sequence] = []
         self.only: frozenset[Sequence] | None = None  # while a failure is being narrowed down
         self.num_preemptions = 0
+        self._held_up: Sequence | None = None  # the first in the queue that found no room
         self._seats = list(range(limits.max_num_seqs - 1, -1, -1))
 
     # ---- queues -----------------------------------------------------------------------------
@@ -77,9 +76,9 @@ class Scheduler:
 
     def finish(self, sequence: Sequence) -> None:
         """Takes a sequence off: its KV enters the tree, its pages go back or are parked."""
-        if sequence in self.running:
+        if sequence.status is Status.RUNNING:
             self.running.remove(sequence)
-        if sequence in self.waiting:
+        elif sequence.status is Status.WAITING:
             self.waiting.remove(sequence)
         self._free_seat(sequence)
         sequence.status = Status.FINISHED
@@ -98,7 +97,6 @@ class Scheduler:
         sequence.page_ids = []
         sequence.num_computed = 0
         sequence.owns_tail = True
-        self._unlock(sequence)
 
     def fork(self, parent: Sequence, child: Sequence) -> None:
         """Lets `child`, whose tokens start with `parent`'s, share what `parent` has computed.
@@ -130,9 +128,10 @@ class Scheduler:
 
     def plan(self) -> StepPlan:
         """The next step; empty if nothing can run now (results are due, or no pages are free)."""
-        step = _Draft(self.limits.max_num_batched_tokens, self.limits.max_scored_tokens)
+        self._step_aside()
+        step = _Draft(self.limits.max_num_batched_tokens)
         for sequence in sorted(self.running, key=lambda s: s.order):
-            if sequence.status is Status.RUNNING and self._allowed(sequence):
+            if sequence.status is Status.RUNNING:
                 self._continue(sequence, step)
         self._admit(step)
         # Only now: a hit in the same step would copy a partial page before it is written.
@@ -142,10 +141,23 @@ class Scheduler:
                 self._fork_branches(chunk)
         return StepPlan(tuple(step.chunks), tuple(step.copies), tuple(step.loads))
 
+    def _step_aside(self) -> None:
+        """Takes seats from those who must not run now, or from one less urgent than who waits."""
+        if self.only is not None:
+            for sequence in [s for s in self.running if s not in self.only]:
+                self._remember(sequence)
+                self._to_waiting(sequence)
+            return
+        held_up, self._held_up = self._held_up, None
+        if held_up is not None and held_up.status is Status.WAITING and self.running:
+            last = max(self.running, key=lambda s: s.order)
+            if last.request.params.priority > held_up.request.params.priority:
+                self.preempt(last)
+
     def _fork_branches(self, chunk: Chunk) -> None:
         """Queues the other branches of a request (n > 1) once the first has computed the prompt."""
         first = chunk.sequence
-        if first.branch == 0 and chunk.stop >= first.num_prompt:
+        if first.is_first and chunk.stop >= first.num_prompt:
             for child in first.request.sequences[1:]:
                 if child.status is Status.DORMANT:
                     self.fork(first, child)
@@ -161,6 +173,8 @@ class Scheduler:
             return
         while not self._make_room(sequence, todo, step):
             victim = max((s for s in self.running if s not in step.starts), key=lambda s: s.order)
+            if victim is sequence and self._reclaim_waiting(sequence):
+                continue
             self.preempt(victim)
             if victim is sequence:
                 return
@@ -176,31 +190,50 @@ class Scheduler:
             if (limit is not None and due >= limit) or length >= self.limits.max_model_len:
                 return 0  # the last token is on its way
             known = 1 if sequence.num_pending and sequence.request.samples else 0
-        todo = min(known, step.budget)
-        return min(todo, step.scored) if _scores_prompt(sequence) else todo
+        if not _scores_prompt(sequence):
+            return min(known, step.budget)
+        # A step that scores a prompt has a program of its own, with a logits row for every token.
+        room = self.limits.max_scored_tokens - step.num_tokens
+        return max(0, min(known, step.budget, room))
 
     def _admit(self, step: "_Draft") -> None:
         """Starts waiting sequences in order, while seats, budget and pages last."""
         for sequence in list(self.waiting):
-            if not step.budget or not self._seats or step.deferred > 4 * self.limits.max_num_seqs:
-                return
             if not self._allowed(sequence) or sequence.num_pending:
                 continue
+            if not step.budget:
+                self._held_up = sequence
+            if not step.budget or step.deferred > 4 * self.limits.max_num_seqs:
+                return
             if self._shares_with_prefill(sequence, step):
                 step.deferred += 1  # that prefill computes its prefix; soon it is a hit
                 continue
-            matched = not sequence.page_ids and self._match(sequence)
-            todo = self._todo(sequence, step)
-            whole = len(sequence.tokens) - sequence.num_computed
-            room = todo > 0 and self._make_room(sequence, whole, step, take=todo)
-            if todo and not room and not self.running and self._reclaim_waiting(sequence):
-                room = self._make_room(sequence, whole, step, take=todo)
-            if not room:
-                if matched:
-                    self.release(sequence)
+            todo = self._seat_and_room(sequence, step)
+            if not todo:
+                self._held_up = sequence
                 return  # a smaller one behind must not overtake for ever
             self._start(sequence, step)
             self._take(sequence, todo, step)
+
+    def _seat_and_room(self, sequence: Sequence, step: "_Draft") -> int:
+        """Tokens of a waiting sequence that this step can compute, and pages for them; or 0."""
+        if not self._seats:
+            return 0
+        matched = not sequence.page_ids and self._match(sequence)
+        todo = self._first_room(sequence, step)
+        if not todo and not self.running and self._reclaim_waiting(sequence):
+            todo = self._first_room(sequence, step)
+        if not todo and (matched or not self.running):
+            self.release(sequence)
+            if not self.running:  # the pages that it shares may be what is in its way
+                todo = self._first_room(sequence, step)
+        return todo
+
+    def _first_room(self, sequence: Sequence, step: "_Draft") -> int:
+        """Gets pages for the first tokens, provided that all that are known would fit."""
+        todo = self._todo(sequence, step)
+        whole = len(sequence.tokens) - sequence.num_computed
+        return todo if todo and self._make_room(sequence, whole, step, take=todo) else 0
 
     def _start(self, sequence: Sequence, step: "_Draft") -> None:
         """Moves a waiting sequence to a seat."""
@@ -208,9 +241,11 @@ class Scheduler:
         self.running.append(sequence)
         sequence.status = Status.RUNNING
         sequence.seat = self._seats.pop()
-        if sequence.request.metrics.first_scheduled_time is None:
-            sequence.request.metrics.first_scheduled_time = self.clock()
-        if sequence.request.params.needs_seat_features:
+        request = sequence.request
+        if request.metrics.first_scheduled_time is None:
+            request.metrics.first_scheduled_time = self.clock()
+            request.num_cached_tokens = sequence.num_computed
+        if request.params.needs_seat_features:
             step.loads.append(sequence)
 
     def _take(self, sequence: Sequence, todo: int, step: "_Draft") -> None:
@@ -221,9 +256,10 @@ class Scheduler:
         samples = last and sequence.request.samples
         step.chunks.append(Chunk(sequence, start, stop, samples, scores))
         step.starts[sequence] = start
+        step.num_tokens += todo
         step.budget -= todo
         if scores:
-            step.scored -= todo
+            step.budget = min(step.budget, self.limits.max_scored_tokens - step.num_tokens)
         sequence.num_computed = stop
         if samples:
             sequence.num_pending += 1
@@ -279,12 +315,9 @@ class Scheduler:
             return False
         sequence.page_ids = list(match.page_ids)
         self.pool.retain(sequence.page_ids)
-        self.tree.lock(match.node)
-        sequence.lock = match.node
+        # No lock on the node: what is retained is not evicted, and the rest of it may go.
         sequence.num_computed = match.num_tokens
         sequence.owns_tail = False
-        if sequence.branch == 0 and sequence.num_output == 0:
-            request.num_cached_tokens = match.num_tokens
         return True
 
     def _remember(self, sequence: Sequence) -> None:
@@ -311,8 +344,10 @@ class Scheduler:
                 continue
             if other.request.namespace != sequence.request.namespace:
                 continue
-            common = min(_common_prefix(sequence.tokens, other.tokens), len(sequence.tokens) - 1)
-            if common >= start + size:
+            wanted = start + size  # less would not be worth the wait
+            if wanted < len(sequence.tokens) and (
+                sequence.tokens[:wanted] == other.tokens[:wanted]
+            ):
                 return True
         return False
 
@@ -360,11 +395,6 @@ class Scheduler:
             self._seats.append(sequence.seat)
             sequence.seat = None
 
-    def _unlock(self, sequence: Sequence) -> None:
-        if sequence.lock is not None and self.tree is not None:
-            self.tree.unlock(sequence.lock)  # type: ignore[arg-type]
-            sequence.lock = None
-
     def stuck(self) -> OutOfPages | None:
         """Why the first waiting sequence cannot run although no other does, or None."""
         if self.running or not self.waiting:
@@ -390,8 +420,8 @@ class Scheduler:
 class _Draft:
     """A step being put together: what is left to give away, and what is taken."""
 
-    def __init__(self, budget: int, scored: int) -> None:
-        self.budget, self.scored = budget, scored
+    def __init__(self, budget: int) -> None:
+        self.budget, self.num_tokens = budget, 0
         self.chunks: list[Chunk] = []
         self.copies: list[tuple[int, int]] = []
         self.loads: list[Sequence] = []
@@ -404,13 +434,7 @@ def _scores_prompt(sequence: Sequence) -> bool:
     request = sequence.request
     return (
         request.params.prompt_logprobs is not None
-        and sequence.branch == 0
+        and sequence.is_first
         and sequence.num_computed < sequence.num_prompt
         and sequence.num_output == 0
     )
-
-
-def _common_prefix(a: list[int], b: list[int]) -> int:
-    n = min(len(a), len(b))
-    differ = np.nonzero(np.asarray(a[:n]) != np.asarray(b[:n]))[0]
-    return int(differ[0]) if len(differ) else n

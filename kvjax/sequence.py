@@ -38,7 +38,7 @@ class Request:
     """One call of the user: a prompt, its parameters, and one sequence per branch."""
 
     request_id: str
-    prompt_ids: list[int]
+    prompt_ids: tuple[int, ...]
     params: SamplingParams
     seed: int
     metrics: RequestMetrics
@@ -68,7 +68,7 @@ class Sequence:
 
     request: Request
     tokens: list[int]
-    branch: int = 0
+    branch: int = 0  # part of the random keys; the first one's is `params.branch`
     num_prompt: int = 0
     page_ids: list[int] = dataclasses.field(default_factory=list)
     num_computed: int = 0
@@ -83,7 +83,11 @@ class Sequence:
     cumulative_logprob: float = 0.0
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
-    lock: object = None  # node of the prefix tree that must not be evicted meanwhile
+
+    @property
+    def is_first(self) -> bool:
+        """Whether it is the branch of its request that computes the prompt."""
+        return self.request.sequences[0] is self
 
     @property
     def num_output(self) -> int:
@@ -99,8 +103,3 @@ class Sequence:
     def order(self) -> tuple[int, int, int]:
         """Smaller is served first and preempted last."""
         return (self.request.params.priority, self.request.arrival, self.branch)
-
-    @property
-    def in_prefill(self) -> bool:
-        """Whether part of its known tokens, but the last, is still to be computed."""
-        return self.num_computed < len(self.tokens) - 1

@@ -1,5 +1,7 @@
 """Text of a sequence as its tokens come: incremental decoding, stop strings, what may be shown."""
 
+from collections.abc import Iterable
+
 from kvjax.models.tokenizers import IncrementalDecoder, Tokenizer
 from kvjax.request import SamplingParams
 
@@ -8,11 +10,15 @@ class TextStream:
     """Decodes one sequence's output. A stop string may span tokens; it ends the text.
 
     `shown` is what a stream may print: it holds back an unfinished character and any tail that
-    could still grow into a stop string.
+    could still grow into a stop string. A token of `end_ids` ends the text without being part of
+    it, unless `include_stop_str_in_output`.
     """
 
-    def __init__(self, tokenizer: Tokenizer, params: SamplingParams) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, params: SamplingParams, end_ids: Iterable[int] = ()
+    ) -> None:
         self._decoder = IncrementalDecoder(tokenizer, params.skip_special_tokens)
+        self._end_ids = frozenset(end_ids)
         self._stops: tuple[str, ...] = tuple(params.stop or ())
         self._keeps_stop = params.include_stop_str_in_output
         self._min_tokens, self._num_tokens = params.min_tokens, 0
@@ -23,12 +29,14 @@ class TextStream:
     def push(self, token_id: int, last: bool) -> str | None:
         """Takes the next token; returns the stop string that now ends the text, if any."""
         before = len(self.text)
-        self.text += self._decoder.push(token_id)
+        if not (last and token_id in self._end_ids and not self._keeps_stop):
+            self.text += self._decoder.push(token_id)
         self._num_tokens += 1
-        stop = self._cut(before) if self._num_tokens >= self._min_tokens else None
+        may_stop = self._num_tokens >= self._min_tokens
+        stop = self._cut(before) if may_stop else None
         if stop is None and last:
             self.text += self._decoder.flush()
-            stop = self._cut(before)
+            stop = self._cut(before) if may_stop else None
         self.complete = last or stop is not None
         return stop
 

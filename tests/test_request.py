@@ -21,7 +21,7 @@ MAKE: Any = SamplingParams  # for arguments that are wrong on purpose, or chosen
 NAN, INF = float("nan"), float("inf")
 
 
-def test_defaults_are_those_of_vllm():
+def test_defaults_are_those_of_vllm_where_it_has_the_field():
     params = dataclasses.asdict(SamplingParams())
     assert params == {
         "n": 1,
@@ -35,6 +35,7 @@ def test_defaults_are_those_of_vllm():
         "frequency_penalty": 0.0,
         "repetition_penalty": 1.0,
         "seed": None,
+        "branch": 0,
         "stop": (),
         "stop_token_ids": (),
         "ignore_eos": False,

@@ -1,0 +1,269 @@
+"""The scheduler and the engine's loop on a device that checks every slot (`fake_device`)."""
+
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+)
+
+from kvjax.engine import Engine
+from kvjax.errors import OutOfPages, StepFailed
+from kvjax.request import SamplingParams
+from kvjax.sequence import Request, Sequence, Status
+from tests.fake_device import END, FakeRunner, audit, make_engine, next_token
+
+LETTERS = st.lists(st.integers(1, 2), min_size=1, max_size=14)
+COMMON = [1, 2, 2, 1, 1, 1, 2, 1, 2, 2]  # a prefix that many prompts share
+
+
+def expected_output(
+    request: Request, branch: int, prompt: list[int], limit: int
+) -> tuple[list[int], str]:
+    """What a sequence must give, whatever happened around it."""
+    params, tokens = request.params, list(prompt)
+    while True:
+        token = next_token(request.seed, branch, tokens)
+        tokens.append(token)
+        if token == END:
+            return tokens[len(prompt) :], "stop"
+        if len(tokens) - len(prompt) == params.max_tokens or len(tokens) >= limit:
+            return tokens[len(prompt) :], "length"
+
+
+def check_outcome(engine: Engine, runner: FakeRunner, request: Request, aborted: bool) -> None:
+    limit = engine.limits.max_model_len
+    for sequence in request.sequences:
+        prompt = list(request.prompt_ids)
+        wanted, reason = expected_output(request, sequence.branch, prompt, limit)
+        got = list(sequence.output_ids)
+        assert got == wanted[: len(got)]
+        if request.error is not None:
+            assert sequence.finish_reason in ("error", reason)
+        elif not (aborted and sequence.finish_reason == "abort"):
+            assert (got, sequence.finish_reason) == (wanted, reason)
+            if sequence.logprobs is not None:
+                places = range(len(prompt), len(prompt) + len(got))
+                assert [e[t].logprob for e, t in zip(sequence.logprobs, got, strict=True)] == [
+                    -float(place) for place in places
+                ]
+    if request.prompt_logprobs is not None and request.sequences[0].output_ids:
+        assert request.prompt_logprobs[0] is None
+        for place, entry in enumerate(request.prompt_logprobs[1:], start=1):
+            assert entry is not None
+            assert entry[request.prompt_ids[place]].logprob == -float(place)
+
+
+class EngineMachine(RuleBasedStateMachine):
+    """Requests, branches, aborts and device failures in any order, on very few pages."""
+
+    @initialize(
+        num_pages=st.integers(7, 24),
+        overlap=st.booleans(),
+        prefix_caching=st.sampled_from([True, True, False]),
+    )
+    def start(self, num_pages: int, overlap: bool, prefix_caching: bool) -> None:
+        self.engine, self.runner, self.intake = make_engine(
+            num_pages, overlap=overlap, prefix_caching=prefix_caching
+        )
+        self.requests: list[Request] = []
+        self.aborted: set[Request] = set()
+        self.branches: list[Sequence] = []  # parked, or being run
+        self.reported: set[Request] = set()
+        self.idle_steps = 0
+
+    def add(self, request: Request) -> None:
+        self.requests.append(request)
+        self.engine.add(request)
+
+    def parked(self) -> list[Sequence]:
+        return [s for s in self.branches if s.status is Status.FINISHED]
+
+    def step_once(self) -> None:
+        before = self.runner.num_steps
+        had_flight = self.engine._in_flight is not None
+        touched = set(self.engine.step())
+        failed = any(r.error is not None and r not in self.reported for r in touched)
+        self.reported |= touched
+        moved = self.runner.num_steps > before or had_flight or failed
+        self.idle_steps = 0 if moved or not self.engine.has_work else self.idle_steps + 1
+        assert self.idle_steps <= 2, "nothing runs although there is work"
+
+    # ---- rules ------------------------------------------------------------------------------
+
+    @rule(
+        prompt=LETTERS,
+        shared=st.integers(0, len(COMMON)),
+        n=st.sampled_from([1, 1, 1, 2, 3]),
+        max_tokens=st.sampled_from([1, 2, 5, 9, None]),
+        priority=st.sampled_from([0, 0, 0, -1, 1]),
+        salt=st.sampled_from([None, None, "a"]),
+        scored=st.booleans(),
+        seed=st.integers(0, 3),
+        skip=st.sampled_from([False, False, False, True]),
+        features=st.booleans(),
+    )
+    def request(
+        self, prompt, shared, n, max_tokens, priority, salt, scored, seed, skip, features
+    ) -> None:
+        params = SamplingParams(
+            n=n,
+            max_tokens=max_tokens,
+            priority=priority,
+            cache_salt=salt,
+            prompt_logprobs=0 if scored and len(prompt) % 3 == 0 else None,
+            logprobs=0 if scored else None,
+            seed=seed,
+            skip_reading_prefix_cache=skip,
+            presence_penalty=1.0 if features else 0.0,
+        )
+        self.add(self.intake.from_ids(COMMON[:shared] + prompt, params))
+
+    @rule(prompt=LETTERS)
+    def poison(self, prompt: list[int]) -> None:
+        params = SamplingParams(max_tokens=8, extra_args={"poison": 1})
+        self.add(self.intake.from_ids(prompt, params))
+
+    @rule(steps=st.integers(1, 6))
+    def step(self, steps: int) -> None:
+        for _ in range(steps):
+            self.step_once()
+
+    @rule(index=st.integers(0, 99))
+    def abort(self, index: int) -> None:
+        alive = [r for r in self.requests if not r.finished]
+        if alive:
+            self.aborted.add(alive[index % len(alive)])
+            self.engine.abort(alive[index % len(alive)])
+
+    @rule(mode=st.sampled_from(["dispatch", "read"]))
+    def fail(self, mode: str) -> None:
+        self.runner.fail_next = mode
+
+    @rule()
+    def reset(self) -> None:
+        if not self.runner.lost:
+            self.engine.reset_prefix_cache()
+
+    @precondition(lambda self: len(self.branches) < 3)
+    @rule(prompt=LETTERS, shared=st.integers(0, 8), salt=st.sampled_from([None, "a"]))
+    def open(self, prompt: list[int], shared: int, salt: str | None) -> None:
+        params = SamplingParams(max_tokens=1, cache_salt=salt)
+        request = self.intake.from_ids(COMMON[:shared] + prompt, params, samples=False)
+        request.sequences[0].keeps_pages = True
+        self.engine.add(request)
+        for _ in range(500):
+            self.step_once()
+            if request.finished:
+                break
+        assert request.finished
+        if request.error is None:
+            assert request.sequences[0].num_output == 0
+            self.branches.append(request.sequences[0])
+        else:
+            self.engine.discard(request.sequences[0])
+
+    @rule(index=st.integers(0, 9))
+    def fork(self, index: int) -> None:
+        parked = self.parked()
+        if parked and len(self.branches) < 5:
+            parent = parked[index % len(parked)]
+            child = Sequence(parent.request, list(parent.tokens), keeps_pages=True)
+            self.engine.park(child, parent)
+            self.branches.append(child)
+
+    @rule(
+        index=st.integers(0, 9),
+        hint=st.lists(st.integers(1, 2), max_size=5),
+        branch=st.integers(0, 2),
+    )
+    def run_branch(self, index: int, hint: list[int], branch: int) -> None:
+        parked = self.parked()
+        if not parked:
+            return
+        sequence = parked[index % len(parked)]
+        if len(sequence.tokens) + len(hint) > 20:
+            return
+        sequence.tokens += hint
+        salt = sequence.request.params.cache_salt
+        params = SamplingParams(max_tokens=6, seed=1, branch=branch, cache_salt=salt)
+        self.add(self.intake.from_ids(list(sequence.tokens), params, sequence=sequence))
+        # A parked sequence has one request at a time, whose outcome is read before the next one.
+        for _ in range(index % 2 * 500):
+            self.step_once()
+            if self.requests[-1].finished:
+                break
+
+    @rule(index=st.integers(0, 9))
+    def close(self, index: int) -> None:
+        parked = self.parked()
+        if parked:
+            sequence = parked[index % len(parked)]
+            self.branches.remove(sequence)
+            self.settle(sequence)
+            self.engine.discard(sequence)
+
+    # ---- what must hold ---------------------------------------------------------------------
+
+    @invariant()
+    def everything_computed_is_there(self) -> None:
+        if not hasattr(self, "engine"):
+            return
+        for sequence in self.parked():
+            self.settle(sequence)
+        for request in [r for r in self.requests if r.finished]:
+            self.requests.remove(request)
+            self.check(request)
+        audit(self.engine, self.runner, self.parked())
+
+    def settle(self, sequence: Sequence) -> None:
+        """Checks the requests of a sequence before it goes on with another one."""
+        for request in [r for r in self.requests if sequence in r.sequences]:
+            assert request.finished
+            self.requests.remove(request)
+            self.check(request)
+
+    def check(self, request: Request) -> None:
+        aborted = request in self.aborted
+        check_outcome(self.engine, self.runner, request, aborted)
+        poisoned = bool(request.params.extra_args)
+        if isinstance(request.error, OutOfPages):
+            assert self.branches, "out of pages although nothing is held"
+        elif request.error is not None:
+            assert isinstance(request.error, StepFailed)
+            assert poisoned or request in self.runner.blamed
+        elif poisoned and not aborted:  # it ended before it could do harm
+            assert len(request.sequences[0].output_ids) <= 1
+
+    def teardown(self) -> None:
+        if not hasattr(self, "engine"):
+            return
+        for _ in range(3000):
+            if not self.engine.has_work:
+                break
+            self.step_once()
+        assert not self.engine.has_work, "never finishes"
+        self.everything_computed_is_there()
+        assert not self.requests
+        for sequence in self.branches:
+            assert sequence.status is Status.FINISHED
+            self.engine.discard(sequence)
+        self.engine.check_integrity()
+        self.engine.reset_prefix_cache()
+        pool = self.engine.scheduler.pool
+        assert pool.num_free == pool.num_pages, "pages leaked"
+        assert not self.engine.scheduler.running
+        assert len(self.engine.scheduler._seats) == self.engine.limits.max_num_seqs
+
+
+TestAnyInterleaving = EngineMachine.TestCase
+TestAnyInterleaving.settings = settings(
+    max_examples=60,
+    stateful_step_count=30,
+    deadline=None,
+    report_multiple_bugs=False,
+    suppress_health_check=[HealthCheck.too_slow],
+)
