@@ -89,4 +89,5 @@ def _log_to_standard_error(quiet: bool) -> None:
     handler.set_name("kvjax-cli")
     handler.setFormatter(logging.Formatter("kvjax: %(message)s"))
     log.addHandler(handler)
+    log.propagate = False  # libraries may have set up the root logger
     log.setLevel(logging.WARNING if quiet else logging.INFO)
