@@ -38,7 +38,7 @@ def run_stream(
     window = window or _WINDOW * engine.limits.max_num_seqs
     source, more = iter(jobs), True
     held: collections.deque[_Slot] = collections.deque()  # in the order of the jobs
-    running: dict[int, _Slot] = {}
+    running: set[_Slot] = set()
     try:
         while more or held:
             while more and len(held) < window:
@@ -49,13 +49,16 @@ def run_stream(
                 slot = _accept(engine, intake, job)
                 held.append(slot)
                 if slot.request is not None:
-                    running[id(slot.request)] = slot
-            for request in engine.step() if running else ():
-                if request.finished and (slot := running.pop(id(request), None)):
-                    slot.result = intake.output(request)
+                    running.add(slot)
+            if running:
+                engine.step()
+            for slot in held:  # not what the step touched: another loop may have taken that
+                if slot.result is None and slot.request is not None and slot.request.finished:
+                    slot.result = intake.output(slot.request)
+                    running.discard(slot)
             yield from _finished(held, ordered)
     finally:
-        for slot in running.values():
+        for slot in running:
             if slot.request is not None:
                 engine.abort(slot.request)
 

@@ -65,6 +65,7 @@ _SAMPLING: tuple[tuple[str, dict[str, Any], str], ...] = (  # field, argparse op
     ("frequency_penalty", {"type": float}, "the same, times their count"),
     ("repetition_penalty", {"type": float}, "on tokens of prompt and output"),
     ("seed", {"type": int}, "same seed, same tokens"),
+    ("branch", {"type": int}, "number of the first completion: 2 repeats the third one of --n 3"),
     ("stop", {"action": "append", "metavar": "TEXT"}, "end before this text; may be repeated"),
     ("stop_token_ids", {"type": _ids, "metavar": "IDS"}, "end at these tokens: 5,17"),
     ("ignore_eos", {}, "do not end at the model's end token"),
