@@ -84,9 +84,9 @@ def _config(hf: dict[str, Any], *, period: int, **differences: Any) -> ModelConf
         "sliding_attention" if (layer + 1) % period else "full_attention"
         for layer in range(hf["num_hidden_layers"])
     ]
+    act = hf.get("hidden_activation") or "gelu_pytorch_tanh"  # older files' hidden_act is wrong
     return llama.config(
-        hf,
-        activation=llama.activation(hf.get("hidden_activation") or "gelu_pytorch_tanh"),
+        {**hf, "hidden_act": act},
         mlp_bias=False,
         windows=llama.windows(layer_types, hf["sliding_window"]),
         norm_plus_one=True,

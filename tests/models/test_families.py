@@ -104,6 +104,11 @@ def test_gemma_3_with_an_image_encoder_is_read_as_its_text_model(prefix: str) ->
     np.testing.assert_allclose(ours[0], case.logits[0], atol=1e-4, rtol=0)
 
 
+def test_gemma_takes_no_notice_of_the_old_name_of_its_activation() -> None:
+    case = load_family("gemma2")["capped"]
+    assert model_config(case.config | {"hidden_act": "gelu"}).activation == "gelu_tanh"
+
+
 def test_gemma_3_without_layer_types_has_five_sliding_layers_to_one() -> None:
     config = model_config(
         {
