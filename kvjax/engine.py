@@ -219,11 +219,10 @@ class Engine:
 
     def _explain_standstill(self) -> None:
         """Nothing runs, nothing is on its way: the first in the queue can never be served."""
-        if self._suspects.under_test is not None:
-            return
-        why = self.scheduler.stuck()
-        if why is not None:
-            self._fail(self.scheduler.waiting[0].request, why)
+        stuck = self.scheduler.stuck()
+        if stuck is not None:
+            sequence, why = stuck
+            self._fail(sequence.request, why)
 
     def _fail(self, request: Request, error: KVJaxError) -> None:
         request.error = error

@@ -395,13 +395,13 @@ class Scheduler:
             self._seats.append(sequence.seat)
             sequence.seat = None
 
-    def stuck(self) -> OutOfPages | None:
-        """Why the first waiting sequence cannot run although no other does, or None."""
-        if self.running or not self.waiting:
+    def stuck(self) -> tuple[Sequence, OutOfPages] | None:
+        """Who is first in the queue and cannot run although nobody else does, and why; or None."""
+        first = next((s for s in self.waiting if self._allowed(s)), None)
+        if self.running or first is None:
             return None
-        first = self.waiting[0]
         wanted = -(-len(first.tokens) // self.pool.page_size)
-        return OutOfPages(wanted, self.pool.num_free, "the rest is held by open branches")
+        return first, OutOfPages(wanted, self.pool.num_free, "the rest is held by open branches")
 
     def check_integrity(self) -> None:
         """Asserts that pages, seats and tree agree. For tests and idle moments."""
