@@ -11,7 +11,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PARITY := .venv-parity
 CONSTRAINTS := $(wildcard constraints-py$(VERSION).txt)
-PIP_FLAGS := --quiet --disable-pip-version-check $(addprefix -c ,$(CONSTRAINTS))
+PIP_FLAGS := --quiet --quiet --disable-pip-version-check $(addprefix -c ,$(CONSTRAINTS))
 WORKERS ?= 2
 
 .PHONY: help demo test test-slow lint parity bench clean

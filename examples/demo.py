@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -36,7 +37,7 @@ def main() -> int:
 
     table = Table(
         "file", "requests", "prompt tokens", "reused exactly", "computed", "output tokens",
-        "first token", "tokens/s",
+        "first token", "tokens/s", box=box.SIMPLE_HEAD, pad_edge=False,
     )  # fmt: skip
     failed = 0
     for file in files:
@@ -51,7 +52,7 @@ def main() -> int:
         table.add_row(file.name, *_row(outputs, seconds))
     console = Console()
     console.print(table)
-    console.print('"first token" is the mean wait per request, queueing in the batch included.')
+    console.print("First token: mean wait of a request, its queueing in the batch included.")
     return 1 if failed else 0
 
 
