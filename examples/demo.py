@@ -37,7 +37,7 @@ def main() -> int:
 
     table = Table(
         "file", "requests", "prompt tokens", "reused exactly", "computed", "output tokens",
-        "first token", "tokens/s", box=box.SIMPLE_HEAD, pad_edge=False,
+        "first token", "tokens/s", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0),
     )  # fmt: skip
     failed = 0
     for file in files:
