@@ -22,7 +22,6 @@ class TextStream:
         self._stops: tuple[str, ...] = tuple(params.stop or ())
         self._keeps_stop = params.include_stop_str_in_output
         self._min_tokens, self._num_tokens = params.min_tokens, 0
-        self._held = max((len(stop) for stop in self._stops), default=1) - 1
         self.text = ""
         self.complete = False
 
@@ -56,6 +55,12 @@ class TextStream:
     @property
     def shown(self) -> str:
         """The text that no later token can take back."""
-        if self.complete or not self._held:
+        if self.complete:
             return self.text
-        return self.text[: max(0, len(self.text) - self._held)]
+        begun = (
+            length
+            for stop in self._stops
+            for length in range(len(stop) - 1, 0, -1)
+            if self.text.endswith(stop[:length])
+        )
+        return self.text[: len(self.text) - max(begun, default=0)]

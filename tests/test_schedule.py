@@ -1,5 +1,6 @@
 """The scheduler and the engine's loop on a device that checks every slot (`fake_device`)."""
 
+import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -10,11 +11,12 @@ from hypothesis.stateful import (
     rule,
 )
 
+from kvjax.branch import Branch
 from kvjax.engine import Engine
 from kvjax.errors import OutOfPages, StepFailed
 from kvjax.request import SamplingParams
 from kvjax.sequence import Request, Sequence, Status
-from tests.fake_device import END, FakeRunner, audit, make_engine, next_token
+from tests.fake_device import END, PAGE, FakeRunner, audit, make_engine, next_token
 
 LETTERS = st.lists(st.integers(1, 2), min_size=1, max_size=14)
 COMMON = [1, 2, 2, 1, 1, 1, 2, 1, 2, 2]  # a prefix that many prompts share
@@ -267,3 +269,106 @@ TestAnyInterleaving.settings = settings(
     report_multiple_bugs=False,
     suppress_health_check=[HealthCheck.too_slow],
 )
+
+
+GREEDY = SamplingParams(max_tokens=None, ignore_eos=True)
+
+
+def drain(engine: Engine) -> None:
+    for _ in range(3000):
+        if not engine.has_work:
+            return
+        engine.step()
+    raise AssertionError("never finishes")
+
+
+def test_a_pool_smaller_than_the_context_ends_a_sequence_as_a_length_does():
+    engine, _, intake = make_engine(num_pages=3)
+    request = intake.from_ids([1, 2, 1], GREEDY)
+    engine.add(request)
+    drain(engine)
+    assert request.error is None
+    assert len(request.sequences[0].tokens) == 3 * PAGE + 1  # the last one's KV is not needed
+    assert request.sequences[0].finish_reason == "length"
+
+
+def test_pages_held_by_open_branches_queue_then_fail_typed_and_closing_them_serves():
+    engine, _, intake = make_engine(num_pages=8)
+    opened = intake.from_ids([1] * 22, SamplingParams(max_tokens=1), samples=False)
+    opened.sequences[0].keeps_pages = True
+    engine.add(opened)
+    drain(engine)
+    params = SamplingParams(max_tokens=2, ignore_eos=True)
+    small = [
+        intake.from_ids([2, 1, i + 1, 2, 1], params) for i in range(3)
+    ]  # two pages: they queue
+    large = intake.from_ids([2] * 15, params)
+    for request in (*small, large):
+        engine.add(request)
+    drain(engine)
+    assert [request.error for request in small] == [None] * 3
+    assert isinstance(large.error, OutOfPages)
+    assert large.sequences[0].finish_reason == "error"
+    engine.discard(opened.sequences[0])
+    again = intake.from_ids([2] * 15, params)
+    engine.add(again)
+    drain(engine)
+    assert again.error is None
+
+
+@pytest.mark.parametrize("ended_by", ["stop", "abort"])
+def test_a_branch_run_again_at_once_is_not_given_the_token_that_was_discarded(ended_by):
+    """Its last run ended while a step in flight still drew one token more for it."""
+    engine, _, intake = make_engine(num_pages=20)
+    opened = intake.from_ids([1, 2, 1, 1], SamplingParams(max_tokens=1), samples=False)
+    sequence = opened.sequences[0]
+    sequence.keeps_pages = True
+    engine.add(opened)
+    drain(engine)
+    for seed in range(6):
+        params = SamplingParams(max_tokens=9, seed=seed, stop_token_ids=[3])
+        request = intake.from_ids(list(sequence.tokens), params, sequence=sequence)
+        engine.add(request)
+        while not request.finished:
+            engine.step()
+            if ended_by == "abort" and sequence.num_output == 2:
+                engine.abort(request)
+        prompt = list(request.prompt_ids)
+        wanted, _ = expected_output(request, 0, prompt, engine.limits.max_model_len)
+        assert list(sequence.output_ids) == wanted[: sequence.num_output]
+        if len(sequence.tokens) > 25:
+            break
+    drain(engine)
+    engine.check_integrity()
+
+
+def test_the_kv_of_a_salted_branch_never_enters_another_namespace():
+    engine, _, intake = make_engine(num_pages=20)
+    opened = intake.from_ids([1] * 9, SamplingParams(max_tokens=1, cache_salt="a"), samples=False)
+    opened.sequences[0].keeps_pages = True
+    engine.add(opened)
+    drain(engine)
+    branch = Branch(engine, intake, opened.sequences[0], "a")
+    request = branch.request(SamplingParams(max_tokens=3))
+    engine.add(request)
+    drain(engine)
+    tree = engine.scheduler.tree
+    assert tree is not None
+    assert tree.match((None, "exact"), [1] * 9).num_tokens == 0
+    assert tree.match(("a", "exact"), [1] * 9).num_tokens == 9
+    with pytest.raises(ValueError, match="cache_salt"):
+        branch.request(SamplingParams(cache_salt="b"))
+
+
+def test_prefix_hits_copy_only_the_page_they_write_to():
+    engine, runner, intake = make_engine(num_pages=30)
+    first = intake.from_ids([1, 2, 2, 1, 1, 1, 2, 1, 2, 2], SamplingParams(max_tokens=1))
+    engine.add(first)
+    drain(engine)
+    copies, computed = runner.num_copies, runner.num_computed
+    second = intake.from_ids([1, 2, 2, 1, 1, 1, 1], SamplingParams(max_tokens=1))
+    engine.add(second)
+    drain(engine)
+    assert second.num_cached_tokens == 6
+    assert runner.num_copies - copies == 1
+    assert runner.num_computed - computed == 1

@@ -1,10 +1,12 @@
 """A random two-layer model, a tokenizer of single letters, and small engines over them."""
 
 import functools
+import sys
 from collections.abc import Iterable
 from typing import Any
+from unittest import mock
 
-from kvjax.build import enable_compilation_cache
+from kvjax.build import Built, enable_compilation_cache
 from kvjax.config import EngineConfig
 from kvjax.engine import Engine
 from kvjax.intake import Intake
@@ -106,3 +108,17 @@ def tiny_engine(
         clock=engine.clock,
     )
     return engine, intake
+
+
+def tiny(kind: Any, dtype: Any = "float32", *, fresh: bool = False, **settings: Any) -> Any:
+    """An `LLM` or `AsyncLLM` (`kind`) over a tiny engine, which is shared unless `fresh`."""
+    engine, intake = tiny_engine(dtype, **settings) if fresh else shared_engine(dtype, **settings)
+    built = Built(engine, intake, None, CONFIG, intake.tokenizer)  # type: ignore[arg-type]
+    with mock.patch.object(sys.modules[kind.__module__], "build", return_value=built):
+        return kind("tiny", seed=0)
+
+
+@functools.cache
+def shared_engine(dtype: Any = "float32", **settings: Any) -> tuple[Engine, Intake]:
+    """One engine for all tests that leave it as they found it."""
+    return tiny_engine(dtype, **settings)
