@@ -15,6 +15,11 @@ from rich.table import Table
 from kvjax import LLM, RequestOutput, SamplingParams
 from kvjax.jsonl import Job, parse_json, read_lines
 
+_COLUMNS = (
+    "requests", "prompt tokens", "reused exactly", "computed", "output tokens", "first token",
+    "tokens/s",
+)  # fmt: skip
+
 
 def main() -> int:
     """Runs the demo; 1 if a request failed."""
@@ -35,10 +40,10 @@ def main() -> int:
     seconds = time.monotonic() - started
     print(f"compiled {llm.engine.runner.compiles} programs in {seconds:.1f} s\n", flush=True)
 
-    table = Table(
-        "file", "requests", "prompt tokens", "reused exactly", "computed", "output tokens",
-        "first token", "tokens/s", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0),
-    )  # fmt: skip
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1))
+    table.add_column("file")
+    for name in _COLUMNS:
+        table.add_column(name.replace(" ", "\n"), no_wrap=True, justify="right")
     failed = 0
     for file in files:
         with file.open("rb") as lines:
