@@ -185,7 +185,7 @@ class AsyncLLM:
         error: BaseException = KVJaxError("the engine was shut down")
         try:
             while not self._stopping:
-                while self._calls:
+                while self._calls and not self._stopping:
                     self._calls.popleft()(None)
                 if self.engine.has_work:
                     self._publish(self.engine.step())
