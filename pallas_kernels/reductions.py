@@ -49,12 +49,17 @@ def exp_parts(x: Float[Array, "*shape"]) -> tuple[Float[Array, "*shape"], Float[
     coefficients of Cephes `expf`, Moshier 1987): multiplications and additions only, so no choice
     of library routine, and none of its vector width, enters the result.
     """
-    power = jnp.round(x * np.float32(1.4426950408889634))
+    power = whole_power(x)
     r = (x - power * LN2_HIGH) - power * LN2_LOW
     y = jnp.full_like(r, np.float32(1.9875691500e-4))
     for term in _EXP_TERMS:
         y = y * r + np.float32(term)
     return y * r * r + r + 1, power
+
+
+def whole_power(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """The `power` of `exp_parts`: the whole number nearest to `x / ln 2`."""
+    return jnp.round(x * np.float32(1.4426950408889634))
 
 
 def power_of_two(n: Float[Array, "*shape"]) -> Float[Array, "*shape"]:

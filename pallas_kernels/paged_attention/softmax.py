@@ -21,6 +21,7 @@ from kvjax.pallas_kernels.reductions import (
     exp_parts,
     power_of_two,
     row_sum,
+    whole_power,
 )
 
 NEVER = -1e30
@@ -87,9 +88,9 @@ def absorb(
     values: Float[Array, "*b keys v_width"],
 ) -> Softmax:
     """Takes one block of keys into the running softmax. `values` of unseen keys must be finite."""
-    fraction, power = _apart(exp_parts(scores))
-    power = jnp.where(mask, power, NEVER)
-    m = jnp.maximum(state.m, jnp.max(power, axis=-1, keepdims=True))
+    top = jnp.max(jnp.where(mask, scores, NEVER), axis=-1, keepdims=True)
+    m = jnp.maximum(state.m, whole_power(top))  # rounding is monotonic: no key has a larger power
+    fraction, power = exp_parts(scores)
     p = _apart(jnp.where(mask, fraction * power_of_two(power - m), 0.0))
     fade = power_of_two(state.m - m)
     added = _weighted_values(p.astype(values.dtype), values)
