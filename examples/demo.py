@@ -41,7 +41,7 @@ def main() -> int:
     print(f"compiled {llm.engine.runner.compiles} programs in {seconds:.1f} s\n", flush=True)
 
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1))
-    table.add_column("file")
+    table.add_column("examples/", no_wrap=True)
     for name in _COLUMNS:
         table.add_column(name.replace(" ", "\n"), no_wrap=True, justify="right")
     failed = 0
@@ -54,7 +54,7 @@ def main() -> int:
         for job, output in zip(jobs, outputs, strict=True):
             failed += output.error is not None
             _print(job, output)
-        table.add_row(file.name, *_row(outputs, seconds))
+        table.add_row(file.stem, *_row(outputs, seconds))
     console = Console()
     console.print(table)
     console.print("First token: mean wait of a request, its queueing in the batch included.")

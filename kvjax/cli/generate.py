@@ -80,8 +80,13 @@ def run(args: argparse.Namespace) -> int:
             llm = options.open_llm(args)
             done = len(records.done) if records else 0
             left = None if total is None else total - done
-            with progress_bar(not args.quiet, left) as bar:
-                batch.run(llm, itertools.chain([head], todo), bar, ordered=args.ordered)
+            try:
+                with progress_bar(not args.quiet, left) as bar:
+                    batch.run(llm, itertools.chain([head], todo), bar, ordered=args.ordered)
+            except KeyboardInterrupt:
+                if records is not None:
+                    print(f"kvjax: {records.path} is whole; --resume continues", file=sys.stderr)
+                raise
             if not args.quiet:
                 print(f"kvjax: {bar.requests} lines, {batch.num_failed} failed, "
                       f"{bar.output_tokens} tokens; {bar.summary}", file=sys.stderr)  # fmt: skip
