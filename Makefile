@@ -66,7 +66,7 @@ $(PARITY_STAMP): pyproject.toml $(CONSTRAINTS)
 	@$(PYTHON) -m venv $(if $(wildcard $(PARITY_STAMP)),,--clear) $(PARITY)
 	@$(PARITY)/bin/python -m pip install $(PIP_FLAGS) --upgrade pip
 	@$(PARITY)/bin/python -m pip install $(PIP_FLAGS) torch==2.13.0
-	@$(PARITY)/bin/python -m pip install $(PIP_FLAGS) -e . transformers==5.23.0
+	@$(PARITY)/bin/python -m pip install $(PIP_FLAGS) -e . transformers==5.23.0 accelerate==1.15.0
 	@touch $@
 
 parity: $(PARITY_STAMP)
