@@ -152,7 +152,7 @@ class _Part:
         """One start; `cache` is the folder of compiled programs where the target has any."""
         prompt = list(self.plan.token_ids[: self.plan.sizes.start_up_prompt])
         names = ("KVJAX_CACHE_DIR", "JAX_COMPILATION_CACHE_DIR") if target.compiles else ()
-        env = dict.fromkeys(names, cache)
+        env: dict[str, str] = dict.fromkeys(names, cache)
         with self.worker(target, env) as worker:
             worker.load(**({"warm_up": False} if target.compiles else {}))
             worker.generate([prompt], 1)

@@ -160,7 +160,7 @@ def _raw_step(llm: Any, tokens: int, context: int) -> float:
 
 
 def _program(llm: Any, seqs: int, tokens: int, context: int, *, decode: bool) -> Callable[[], Any]:
-    """A call of the compiled step with fixed inputs: `seqs` sequences of `tokens` new tokens each."""
+    """A call of the compiled step with fixed inputs: `seqs` sequences of `tokens` tokens each."""
     import dataclasses
 
     import numpy as np
@@ -179,8 +179,8 @@ def _program(llm: Any, seqs: int, tokens: int, context: int, *, decode: bool) ->
     batch = layout.padding()
     size, per_seq = runner.spec.page_size, -(-(context + tokens) // runner.spec.page_size)
     view = batch.views[0]
-    fields = {f.name: np.array(getattr(view, f.name)) for f in dataclasses.fields(KVView)
-              if getattr(view, f.name) is not None}  # fmt: skip
+    names = [f.name for f in dataclasses.fields(KVView) if getattr(view, f.name) is not None]
+    fields: dict[str, Any] = {name: np.array(getattr(view, name)) for name in names}
     starts, rows = np.array(batch.query_starts), np.array(batch.logits_rows)
     positions = np.array(batch.positions)
     for s in range(seqs):

@@ -86,7 +86,7 @@ def build(model: str | Path, config: EngineConfig, mesh: Mesh | None = None) -> 
 
 def enable_compilation_cache() -> None:
     """Keeps compiled programs in kvjax's cache folder, unless the caller already set another."""
-    if jax.config.jax_compilation_cache_dir is None:
+    if jax.config.values["jax_compilation_cache_dir"] is None:
         jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "xla"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)

@@ -28,7 +28,7 @@ from kvjax.models import Transformer
 from kvjax.request import SamplingParams
 from kvjax.schedule import Chunk, Limits, StepPlan
 from kvjax.sequence import Sequence
-from kvjax.step import Bucket, StepBatch, StepLayout, step
+from kvjax.step import Bucket, StepBatch, StepLayout, ints, step
 
 _SMALLEST = 16  # tokens of the smallest mixed program
 
@@ -206,11 +206,9 @@ class Runner:
     def _batch(self, plan: StepPlan, bucket: Bucket) -> tuple[StepBatch, tuple[RowOwner, ...]]:
         """The plan as padded numpy arrays."""
         t, s, size = bucket.tokens, bucket.seqs, self.spec.page_size
-        tokens, source = np.zeros(t, np.int32), np.full(t, -1, np.int32)
-        positions, slots = np.zeros(t, np.int32), np.full(t, -1, np.int32)
-        hi = np.zeros(t, np.int32)
-        starts, kv_lens = np.zeros(s + 1, np.int32), np.zeros(s, np.int32)
-        tables = np.zeros((s, self._pages_per_seq), np.int32)
+        tokens, source, positions = ints(t), ints(t, padding=-1), ints(t)
+        slots, hi = ints(t, padding=-1), ints(t)
+        starts, kv_lens, tables = ints(s + 1), ints(s), ints(s, self._pages_per_seq)
         rows: list[tuple[int, RowOwner]] = []
         at = 0
         for i, chunk in enumerate(plan.chunks):
@@ -230,7 +228,7 @@ class Runner:
             starts[i + 1] = at
             rows += _rows(chunk, at - n)
         starts[len(plan.chunks) + 1 :] = at
-        logits_rows = np.zeros(bucket.rows, np.int32)
+        logits_rows = ints(bucket.rows)
         logits_rows[: len(rows)] = [row for row, _ in rows]
         owners = tuple(owner for _, owner in rows)
         views = tuple(
@@ -240,7 +238,7 @@ class Runner:
                 visible_hi=hi,
                 block_tables=tables,
                 kv_lens=kv_lens,
-            )  # type: ignore[arg-type]
+            )
             for group in self.spec.groups
         )
         sampling = pack_rows(
@@ -249,7 +247,7 @@ class Runner:
             self.limits.max_num_seqs,
             self.arguments,
         )
-        batch = StepBatch(tokens, source, positions, starts, logits_rows, views, sampling)  # type: ignore[arg-type]
+        batch = StepBatch(tokens, source, positions, starts, logits_rows, views, sampling)
         return batch, owners
 
 
@@ -276,7 +274,7 @@ def _rungs(first: int, last: int) -> list[int]:
     return [*rungs, last]
 
 
-def _lower_bounds(hi: np.ndarray, window: int | None) -> np.ndarray:
+def _lower_bounds(hi: np.ndarray, window: int | None) -> Any:
     return np.zeros_like(hi) if window is None else np.maximum(0, hi - window)
 
 

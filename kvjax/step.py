@@ -92,25 +92,26 @@ def _template(
     """A batch of the right shapes; padding everywhere."""
     t, s, rows = bucket.tokens, bucket.seqs, bucket.rows
     view = KVView(
-        write_slots=_ints(t, -1),
-        visible_lo=_ints(t, 0),
-        visible_hi=_ints(t, 0),
-        block_tables=np.zeros((s, pages_per_seq), np.int32),
-        kv_lens=_ints(s, 0),
+        write_slots=ints(t, padding=-1),
+        visible_lo=ints(t),
+        visible_hi=ints(t),
+        block_tables=ints(s, pages_per_seq),
+        kv_lens=ints(s),
     )
     return StepBatch(
-        tokens=_ints(t, 0),
-        token_source=_ints(t, -1),
-        positions=_ints(t, 0),
-        query_starts=_ints(s + 1, 0),
-        logits_rows=_ints(rows, 0),
+        tokens=ints(t),
+        token_source=ints(t, padding=-1),
+        positions=ints(t),
+        query_starts=ints(s + 1),
+        logits_rows=ints(rows),
         views=(view,) * num_groups,
         sampling=pack_rows((), rows, 0, arguments),
-    )  # type: ignore[arg-type]
+    )
 
 
-def _ints(n: int, value: int) -> Any:
-    return np.full(n, value, np.int32)
+def ints(*shape: int, padding: int = 0) -> Any:
+    """An int32 numpy array of padding; pytrees take it wherever a device array goes."""
+    return np.full(shape, padding, np.int32)
 
 
 def step(

@@ -31,7 +31,7 @@ class Target:
         outputs = self.llm.generate(prompts, params)
         return {
             "token_ids": [[int(t) for t in out.outputs[0].token_ids] for out in outputs],
-            "first_token_s": [out.metrics.time_to_first_token for out in outputs],
+            "first_token_s": [out.metrics and out.metrics.time_to_first_token for out in outputs],
             "cached_tokens": [int(out.num_cached_tokens) for out in outputs],
         }
 

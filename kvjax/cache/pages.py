@@ -36,7 +36,7 @@ class KVGroup:
 
 
 def storage_dtype(dtype: str) -> jnp.dtype:
-    """What pages of `dtype` are held as: bfloat16 as its bits, so that XLA:CPU never converts a pool."""
+    """What pages of `dtype` are held as: bfloat16 as its bits, which XLA:CPU never converts."""
     if dtype not in ("float32", "bfloat16"):
         raise ValueError(f"KV dtype must be float32 or bfloat16, got {dtype!r}")
     return jnp.dtype(jnp.uint16 if dtype == "bfloat16" else dtype)
