@@ -15,6 +15,7 @@ import jax
 import numpy as np
 
 from kvjax import engine as engine_module
+from kvjax.cache.pool import PagePool
 from kvjax.decode import SampleOutput
 from kvjax.engine import Engine
 from kvjax.intake import Intake
@@ -64,6 +65,7 @@ class FakeRunner:
 
     def __init__(self, model: Any, spec: Any, num_pages: int, limits: Limits) -> None:
         self.limits, self.num_pages = limits, num_pages
+        self.pool = PagePool(num_pages, PAGE)  # the engine's, once there is one
         self.buckets = ladder(limits)
         self.fail_next: str | None = None
         self.mode = "read"
@@ -77,6 +79,8 @@ class FakeRunner:
         self.last_tokens: dict[int, int] = {}
         self.loaded: dict[int, Sequence] = {}
         self.in_flight: list[StepPlan] = []
+        self.writers: dict[int, Sequence] = {}  # page -> who writes it
+        self.claims: dict[int, set[Any]] = {}  # slot -> who relied on it at the last audit
         self.lost = False
 
     def dispatch(self, plan: StepPlan) -> Dispatched:
@@ -152,9 +156,27 @@ class FakeRunner:
                 slot = sequence.page_ids[index // PAGE] * PAGE + index % PAGE
                 assert slot not in written, "a slot is written twice in one step"
                 written.add(slot)
+                self._check_sharing(sequence, slot)
                 self.slots[slot] = content(sequence.request, tokens[: index + 1])
             self.num_computed += chunk.stop - chunk.start
         self.written = written
+
+    def _check_sharing(self, sequence: Sequence, slot: int) -> None:
+        """A shared page has one writer, and what others rely on is never written again."""
+        page = slot // PAGE
+        if self.pool.ref_count(page) > 1:
+            assert self.writers.get(page, sequence) is sequence, "two writers on one page"
+            assert self.claims.get(slot, set()) <= {sequence}, "shared KV is modified"
+        self.writers[page] = sequence
+
+    def allocate(self, count: int) -> list[int]:
+        """Stands before the pool's own: a page that is handed out has no history."""
+        pages = PagePool.allocate(self.pool, count)
+        for page in pages:
+            self.writers.pop(page, None)
+            for offset in range(PAGE):
+                self.claims.pop(page * PAGE + offset, None)
+        return pages
 
     def _read(self, plan: StepPlan) -> None:
         """Each query sees slots written before this step, or by its own chunk."""
@@ -252,6 +274,8 @@ def make_engine(
         clock=lambda: float(next(ticks)),
     )
     runner: Any = engine.runner
+    runner.pool = engine.scheduler.pool
+    runner.pool.allocate = runner.allocate
     return engine, runner, intake
 
 
@@ -264,12 +288,14 @@ def audit(engine: Engine, runner: FakeRunner, parked: list[Sequence]) -> None:
     if runner.lost:
         return
     scheduler = engine.scheduler
+    runner.claims = claims = {}
     for sequence in (*scheduler.running, *scheduler.waiting, *parked):
         tokens = truth(sequence, sequence.num_computed)
         assert sequence.num_computed <= len(sequence.page_ids) * PAGE
         for index in range(sequence.num_computed):
             slot = sequence.page_ids[index // PAGE] * PAGE + index % PAGE
             assert runner.slots.get(slot) == content(sequence.request, tokens[: index + 1])
+            claims.setdefault(slot, set()).add(sequence)
     tree = scheduler.tree
     for node in () if tree is None else tree._nodes():
         tokens, above = [], node
@@ -277,6 +303,7 @@ def audit(engine: Engine, runner: FakeRunner, parked: list[Sequence]) -> None:
             tokens = [*above.tokens.tolist(), *tokens]
             above = above.parent
         for index in range(node.start, node.end):
-            page = node.pages[index // PAGE - node.start // PAGE]
+            slot = node.pages[index // PAGE - node.start // PAGE] * PAGE + index % PAGE
             expected = (node.namespace, index + 1, tuple(tokens[: index + 1]))
-            assert runner.slots.get(page * PAGE + index % PAGE) == expected
+            assert runner.slots.get(slot) == expected
+            claims.setdefault(slot, set()).add("tree")

@@ -141,6 +141,12 @@ class EngineMachine(RuleBasedStateMachine):
             self.aborted.add(alive[index % len(alive)])
             self.engine.abort(alive[index % len(alive)])
 
+    @rule(index=st.integers(0, 9))
+    def preempt(self, index: int) -> None:
+        running = self.engine.scheduler.running
+        if running:
+            self.engine.scheduler.preempt(running[index % len(running)])
+
     @rule(mode=st.sampled_from(["dispatch", "read"]))
     def fail(self, mode: str) -> None:
         self.runner.fail_next = mode
@@ -372,3 +378,23 @@ def test_prefix_hits_copy_only_the_page_they_write_to():
     assert second.num_cached_tokens == 6
     assert runner.num_copies - copies == 1
     assert runner.num_computed - computed == 1
+
+
+@pytest.mark.parametrize("every", [2, 3])
+def test_preempted_while_a_token_is_on_the_device_is_not_preempted(every):
+    engine, _, intake = make_engine(num_pages=30)
+    params = [SamplingParams(max_tokens=12, seed=seed, ignore_eos=True) for seed in range(3)]
+    requests = [intake.from_ids([1, 2, 1, 1, 2], p) for p in params]
+    for request in requests:
+        engine.add(request)
+    for step in range(1, 500):
+        engine.step()
+        running = engine.scheduler.running
+        if step % every == 0 and running:
+            engine.scheduler.preempt(running[step % len(running)])
+    assert engine.scheduler.num_preemptions > 5
+    for request in requests:
+        tokens = list(request.prompt_ids)
+        for _ in range(12):
+            tokens.append(next_token(request.seed, 0, tokens))
+        assert request.sequences[0].tokens == tokens
