@@ -165,7 +165,8 @@ class FakeRunner:
         """A shared page has one writer, and what others rely on is never written again."""
         page = slot // PAGE
         if self.pool.ref_count(page) > 1:
-            assert self.writers.get(page, sequence) is sequence, "two writers on one page"
+            writer = self.writers.get(page, sequence)
+            assert writer is sequence or page not in writer.page_ids, "two writers on one page"
             assert self.claims.get(slot, set()) <= {sequence}, "shared KV is modified"
         self.writers[page] = sequence
 

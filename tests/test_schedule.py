@@ -392,7 +392,7 @@ def test_preempted_while_a_token_is_on_the_device_is_not_preempted(every):
         running = engine.scheduler.running
         if step % every == 0 and running:
             engine.scheduler.preempt(running[step % len(running)])
-    assert engine.scheduler.num_preemptions > 5
+    assert engine.scheduler.num_preemptions >= 4
     for request in requests:
         tokens = list(request.prompt_ids)
         for _ in range(12):
