@@ -6,39 +6,49 @@ place in that order, a **position** turns the rotary embedding; `[lo, hi)` is wh
 see; `num_x` counts, `x_ids` are ids, `x_lens` lengths.
 """
 
-from kvjax.async_llm import AsyncLLM
-from kvjax.branch import Branch
-from kvjax.config import EngineConfig
-from kvjax.errors import (
-    CorruptWeights,
-    KVJaxError,
-    ModelNotFound,
-    OutOfPages,
-    PromptTooLong,
-    StepFailed,
-    TokenizerNotFound,
-    UnsupportedModel,
-)
-from kvjax.llm import LLM
-from kvjax.request import CompletionOutput, Logprob, RequestOutput, SamplingParams
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from kvjax.async_llm import AsyncLLM as AsyncLLM
+    from kvjax.branch import Branch as Branch
+    from kvjax.config import EngineConfig as EngineConfig
+    from kvjax.errors import CorruptWeights as CorruptWeights
+    from kvjax.errors import KVJaxError as KVJaxError
+    from kvjax.errors import ModelNotFound as ModelNotFound
+    from kvjax.errors import OutOfPages as OutOfPages
+    from kvjax.errors import PromptTooLong as PromptTooLong
+    from kvjax.errors import StepFailed as StepFailed
+    from kvjax.errors import TokenizerNotFound as TokenizerNotFound
+    from kvjax.errors import UnsupportedModel as UnsupportedModel
+    from kvjax.llm import LLM as LLM
+    from kvjax.request import CompletionOutput as CompletionOutput
+    from kvjax.request import Logprob as Logprob
+    from kvjax.request import RequestOutput as RequestOutput
+    from kvjax.request import SamplingParams as SamplingParams
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "LLM",
-    "AsyncLLM",
-    "Branch",
-    "CompletionOutput",
-    "CorruptWeights",
-    "EngineConfig",
-    "KVJaxError",
-    "Logprob",
-    "ModelNotFound",
-    "OutOfPages",
-    "PromptTooLong",
-    "RequestOutput",
-    "SamplingParams",
-    "StepFailed",
-    "TokenizerNotFound",
-    "UnsupportedModel",
-]
+_HOMES = {  # public name -> module, imported when first asked for: host-only parts need no jax
+    "LLM": "llm",
+    "AsyncLLM": "async_llm",
+    "Branch": "branch",
+    "EngineConfig": "config",
+    **dict.fromkeys(("CompletionOutput", "Logprob", "RequestOutput", "SamplingParams"), "request"),
+    **dict.fromkeys(
+        ("CorruptWeights", "KVJaxError", "ModelNotFound", "OutOfPages", "PromptTooLong"), "errors"
+    ),
+    **dict.fromkeys(("StepFailed", "TokenizerNotFound", "UnsupportedModel"), "errors"),
+}
+
+__all__ = sorted(_HOMES)  # pyright: ignore[reportUnsupportedDunderAll]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'kvjax' has no attribute {name!r}")
+    return getattr(import_module(f"kvjax.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *_HOMES]

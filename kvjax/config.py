@@ -27,7 +27,7 @@ class EngineConfig:
     max_num_batched_tokens: int = 512  # tokens in one step
     page_size: int = 16  # KV slots per page
     kv_cache_memory: int | None = None  # bytes; None: by memory_utilization
-    memory_utilization: float = 0.9  # of the accelerator's memory; a quarter of it on CPU
+    memory_utilization: float = 0.9  # of an accelerator's memory; on CPU KV takes 5 % of the host's
     enable_prefix_caching: bool = True
     eviction_policy: str = "lru"
     deterministic: bool = False  # one row of float32 costs as much as two, and bits stop depending

@@ -55,6 +55,11 @@ class Engine:
         pool = PagePool(num_pages, spec.page_size)
         tree = None
         if config.enable_prefix_caching:
+            if config.eviction_policy not in EVICTION_POLICIES:
+                raise ValueError(
+                    f"eviction_policy must be one of {sorted(EVICTION_POLICIES)}, "
+                    f"got {config.eviction_policy!r}"
+                )
             tree = RadixTree(pool, EVICTION_POLICIES[config.eviction_policy]())
         self.scheduler = Scheduler(pool, tree, self.limits, clock)
         self.runner = Runner(model, spec, num_pages, self.limits)

@@ -74,6 +74,7 @@ class Runner:
 
     def rebuild(self) -> None:
         """Makes pages and decode state anew: at the start, and after a step that lost them."""
+        self.pages = self.state = None  # the old ones first: two may not fit
         place = self.sharding.pages if self.sharding.mesh is not None else None
         self.pages = KVPages.allocate(self.spec, self.num_pages, place)
         self.state = self._replicated(
@@ -199,7 +200,7 @@ class Runner:
             fits = [
                 b
                 for b in self.buckets
-                if not b.decode and b.tokens >= plan.num_tokens and (b.rows == b.tokens) >= scores
+                if not b.decode and b.tokens >= plan.num_tokens and (b.rows >= b.tokens) >= scores
             ]
         return min(fits)
 
@@ -280,13 +281,14 @@ def _lower_bounds(hi: np.ndarray, window: int | None) -> Any:
 
 def _rows(chunk: Chunk, first: int) -> list[tuple[int, RowOwner]]:
     """Query tokens of a chunk whose logits are wanted, and what for."""
-    sequence, rows = chunk.sequence, []
-    for i in range(chunk.stop - chunk.start):
-        position = chunk.start + i + 1  # of the token that these logits speak of
-        draws = chunk.samples and chunk.start + i + 1 == chunk.stop
-        if draws or (chunk.scores_prompt and position < sequence.num_prompt):
-            rows.append((first + i, RowOwner(sequence, draws, position)))
-    return rows if chunk.scores_prompt else rows[-1:]
+    sequence, last = chunk.sequence, chunk.stop - chunk.start - 1
+    rows = []
+    if chunk.scores_prompt:
+        scored = min(chunk.stop, sequence.num_prompt - 1) - chunk.start
+        rows = [(first + i, RowOwner(sequence, False, chunk.start + i + 1)) for i in range(scored)]
+    if chunk.samples:
+        rows.append((first + last, RowOwner(sequence, True, chunk.stop)))
+    return rows
 
 
 def _row_request(owner: RowOwner) -> RowRequest:
