@@ -69,7 +69,7 @@ class AsyncLLM:
         compile_when_idle: bool = True,
         **settings: Any,
     ) -> None:
-        config = dataclasses.replace(config or EngineConfig(), **settings)
+        config = (config or EngineConfig()).replaced(settings)
         mesh = mesh if mesh is not None else tensor_parallel_mesh(tensor_parallel_size)
         built = build(model, config, mesh)
         self.engine, self._intake = built.engine, built.intake

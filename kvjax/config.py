@@ -2,8 +2,9 @@
 
 import dataclasses
 import os
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 
 def cache_dir() -> Path:
@@ -59,6 +60,14 @@ class EngineConfig:
             raise ValueError(f"dtype must be float32, bfloat16 or int8, got {self.dtype!r}")
         if not 0 < self.memory_utilization <= 1:
             raise ValueError(f"memory_utilization must be in (0, 1], got {self.memory_utilization}")
+
+    def replaced(self, settings: Mapping[str, Any]) -> "EngineConfig":
+        """A copy with some fields changed. Raises `ValueError` for a name that is no field."""
+        names = sorted(field.name for field in dataclasses.fields(self))
+        for name in settings:
+            if name not in names:
+                raise ValueError(f"unknown setting {name!r}; there are {names}")
+        return dataclasses.replace(self, **settings)
 
     @property
     def kv_dtype(self) -> str:

@@ -38,7 +38,7 @@ class LLM:
         mesh: Mesh | None = None,
         **settings: Any,
     ) -> None:
-        config = dataclasses.replace(config or EngineConfig(), **_known(settings))
+        config = (config or EngineConfig()).replaced(settings)
         mesh = mesh if mesh is not None else tensor_parallel_mesh(tensor_parallel_size)
         built = build(model, config, mesh)
         self.engine, self._intake = built.engine, built.intake
@@ -180,14 +180,6 @@ class LLM:
             for request in requests:
                 if not request.finished:
                     self.engine.abort(request)
-
-
-def _known(settings: dict[str, Any]) -> dict[str, Any]:
-    names = {field.name for field in dataclasses.fields(EngineConfig)}
-    for name in settings:
-        if name not in names:
-            raise ValueError(f"unknown setting {name!r}; there are {sorted(names)}")
-    return settings
 
 
 def _each(params: Any, count: int) -> list[SamplingParams]:
