@@ -21,6 +21,7 @@ class Operation:
     preferred: dict[str, tuple[str, ...]]  # platform -> backends in order; "*" is any platform
     implementations: dict[str, Callable[..., Any]] = dataclasses.field(default_factory=dict)
     notes: dict[str, str] = dataclasses.field(default_factory=dict)  # why never chosen by itself
+    probes: dict[str, Callable[[], None]] = dataclasses.field(default_factory=dict)  # or refuse
 
     def __post_init__(self) -> None:
         OPERATIONS[self.name] = self
@@ -42,12 +43,25 @@ class Operation:
         """Backend name to "chosen" or the reason why it is not, for `kvjax info`."""
         order = self.order(platform)
         told = {}
-        for backend in self.implementations:
+        chosen = None
+        for backend in (*order, *(b for b in self.implementations if b not in order)):
             if backend not in order:
                 told[backend] = self.notes.get(backend, f"only by name on {platform}")
+            elif chosen is not None:
+                told[backend] = f"after {chosen}"
+            elif (why := self._refusal(backend)) is not None:
+                told[backend] = why
             else:
-                told[backend] = "chosen" if backend == order[0] else f"after {order[0]}"
+                told[backend], chosen = "chosen", backend
         return told
+
+    def _refusal(self, backend: str) -> str | None:
+        """Why `backend` takes no input at all on this machine, if so."""
+        try:
+            self.probes.get(backend, lambda: None)()
+        except NotImplementedError as why:
+            return str(why)
+        return None
 
     def __call__(self, *args: Any, backend: str | None = None, **kwargs: Any) -> Any:
         if backend is not None:

@@ -13,13 +13,18 @@ from jaxtyping import Array, Float, Int, UInt32
 
 from kvjax.pallas_kernels.dispatch import Operation
 from kvjax.pallas_kernels.page_ops import LayerPages
-from kvjax.pallas_kernels.paged_attention import reference, xla
+from kvjax.pallas_kernels.paged_attention import cpu, reference, xla
 
 _attend = Operation(
     "paged_attention",
-    {"*": ("xla",)},
-    {"xla": xla.paged_attention, "reference": reference.paged_attention},
+    {"cpu": ("cpu", "xla"), "*": ("xla",)},
+    {
+        "cpu": cpu.paged_attention,
+        "xla": xla.paged_attention,
+        "reference": reference.paged_attention,
+    },
     {"reference": "float64 numpy on the host, the specification: only by name, outside jit"},
+    {"cpu": cpu.probe},
 )
 
 

@@ -7,8 +7,10 @@ from typing import Any
 import jax
 import ml_dtypes
 import numpy as np
+import pytest
 
 from kvjax.pallas_kernels import LayerPages, paged_attention
+from kvjax.pallas_kernels.paged_attention import cpu
 
 Seen = tuple[int, int]  # [lo, hi) of one query token
 
@@ -128,14 +130,24 @@ def problem(
     )
 
 
+try:
+    cpu.probe()
+    _refusal = None
+except NotImplementedError as why:
+    _refusal = why
+COMPILED = ("cpu", "xla")
+BACKENDS = [
+    pytest.param("cpu", marks=pytest.mark.skipif(_refusal is not None, reason=str(_refusal))),
+    "xla",
+]
 _compiled: dict[object, Callable] = {}
 
 
 def attend(
-    p: Problem, *, backend: str | None = None, max_query_len: int | None = None
+    p: Problem, *, backend: str, max_query_len: int | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Output and lse of every row; compiled for each setting, except backends asked for by name."""
-    static = (p.soft_cap, p.value_width, max_query_len)
+    """Output and lse of every row; the backends in `COMPILED` run under jit."""
+    static = (p.soft_cap, p.value_width, max_query_len, backend)
 
     def call(q, pages, tables, starts, kv_lens, lo, hi, tail_mask, sinks):
         return paged_attention(
@@ -145,16 +157,14 @@ def attend(
             backend=backend,
         )  # fmt: skip
 
-    run = call if backend is not None else _compiled.setdefault(static, jax.jit(call))
+    run = _compiled.setdefault(static, jax.jit(call)) if backend in COMPILED else call
     o, lse = run(
         p.q, p.pages, p.block_tables, p.query_starts, p.kv_lens, p.lo, p.hi, p.tail_mask, p.sinks
     )
     return np.asarray(o), np.asarray(lse)
 
 
-def assert_matches_reference(
-    p: Problem, *, backend: str | None = None, max_query_len: int | None = None
-) -> None:
+def assert_matches_reference(p: Problem, *, backend: str, max_query_len: int | None = None) -> None:
     """Real rows within 1e-5 (bfloat16: 1e-2) of the float64 oracle, padding rows finite."""
     tolerance = 1e-2 if p.pages.k.dtype == np.uint16 else 1e-5
     o, lse = attend(p, backend=backend, max_query_len=max_query_len)

@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from tests.pallas_kernels.attention_cases import Heads, Problem, attend, causal, problem
+from tests.pallas_kernels.attention_cases import BACKENDS, Heads, Problem, attend, causal, problem
 
 SEQS = [(330, causal(330, 70)), (300, causal(300, 1)), (40, causal(40, 9)), (5, [])]
 NUM_TOKENS = 84  # of which 80 are real
@@ -27,36 +27,41 @@ VARIANTS = {
 }
 
 
-def assert_same_rows_alone(p: Problem, batches: tuple[int, ...], rows: list[int]) -> None:
+def assert_same_rows_alone(
+    p: Problem, backend: str, batches: tuple[int, ...], rows: list[int]
+) -> None:
     """Each row of `rows` has the bits of the mixed call when decoded in batches of any size."""
-    o, lse = attend(p)
+    o, lse = attend(p, backend=backend)
     for batch in batches:
         for i in range(0, len(rows), batch):
             picked = [rows[j % len(rows)] for j in range(i, i + batch)]
-            o_alone, lse_alone = attend(p.alone(picked), max_query_len=1)
+            o_alone, lse_alone = attend(p.alone(picked), max_query_len=1, backend=backend)
             np.testing.assert_array_equal(o_alone, o[picked], err_msg=f"{batch=} {picked=}")
             np.testing.assert_array_equal(lse_alone, lse[picked], err_msg=f"{batch=} {picked=}")
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("heads", "bfloat16"), [(ALL_SHAPES[0], True), (ALL_SHAPES[1], False)])
-def test_a_row_decodes_to_the_bits_of_its_prefill(heads, bfloat16):
+def test_a_row_decodes_to_the_bits_of_its_prefill(backend, heads, bfloat16):
     p = problem(1, heads, SEQS, num_tokens=NUM_TOKENS, bfloat16=bfloat16)
-    assert_same_rows_alone(p, (1, 8), list(range(p.num_tokens)))
+    assert_same_rows_alone(p, backend, (1, 8), list(range(p.num_tokens)))
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.slow
 @pytest.mark.parametrize("bfloat16", [False, True], ids=["f32", "bf16"])
 @pytest.mark.parametrize("heads", ALL_SHAPES, ids=str)
-def test_a_row_decodes_to_the_bits_of_its_prefill_in_any_batch(heads, bfloat16):
+def test_a_row_decodes_to_the_bits_of_its_prefill_in_any_batch(backend, heads, bfloat16):
     p = problem(2, heads, SEQS, num_tokens=NUM_TOKENS, bfloat16=bfloat16)
-    assert_same_rows_alone(p, (1, 2, 3, 4, 8), list(range(p.num_tokens)))
+    assert_same_rows_alone(p, backend, (1, 2, 3, 4, 8), list(range(p.num_tokens)))
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.slow
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_masks_and_score_functions_keep_the_bits(variant):
+def test_masks_and_score_functions_keep_the_bits(backend, variant):
     p = problem(3, ALL_SHAPES[1], SEQS, num_tokens=NUM_TOKENS, **VARIANTS[variant])
-    assert_same_rows_alone(p, (1, 8), list(range(p.num_tokens)))
+    assert_same_rows_alone(p, backend, (1, 8), list(range(p.num_tokens)))
 
 
 def chunk(p: Problem, first: int, last: int) -> Problem:
@@ -71,18 +76,20 @@ def chunk(p: Problem, first: int, last: int) -> Problem:
     return dataclasses.replace(p, q=rows(p.q), lo=rows(p.lo), hi=rows(p.hi), query_starts=starts)
 
 
-def test_chunks_may_start_anywhere():
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_chunks_may_start_anywhere(backend):
     p = problem(4, Heads(9, 3, 64), SEQS, num_tokens=NUM_TOKENS)
-    o, lse = attend(p)
+    o, lse = attend(p, backend=backend)
     for first, last in ((0, 2), (3, 70), (64, 70), (5, 69), (69, 70)):
-        part, part_lse = attend(chunk(p, first, last))
+        part, part_lse = attend(chunk(p, first, last), backend=backend)
         np.testing.assert_array_equal(part[: last - first], o[first:last])
         np.testing.assert_array_equal(part_lse[: last - first], lse[first:last])
 
 
-def test_a_tile_may_be_as_small_as_the_batch():
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_tile_may_be_as_small_as_the_batch(backend):
     p = problem(5, Heads(8, 8, 64), SEQS, num_tokens=NUM_TOKENS)
-    o, _ = attend(p)
+    o, _ = attend(p, backend=backend)
     for first, size in ((0, 2), (30, 3)):
         small = dataclasses.replace(
             chunk(p, first, first + size),
@@ -90,4 +97,4 @@ def test_a_tile_may_be_as_small_as_the_batch():
             lo=p.lo[first : first + size],
             hi=p.hi[first : first + size],
         )
-        np.testing.assert_array_equal(attend(small)[0], o[first : first + size])
+        np.testing.assert_array_equal(attend(small, backend=backend)[0], o[first : first + size])

@@ -1,4 +1,4 @@
-"""The XLA backend against the float64 oracle, with NaN wherever nothing may be read."""
+"""The compiled backends against the float64 oracle, with NaN wherever nothing may be read."""
 
 import jax
 import numpy as np
@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from kvjax.pallas_kernels import LayerPages, paged_attention
 from tests.pallas_kernels.attention_cases import (
+    BACKENDS,
     Heads,
     Seen,
     assert_matches_reference,
@@ -51,47 +52,55 @@ SLOW = pytest.mark.slow
 NUM_TOKENS = 96  # of which 90 are real
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("heads", SHAPES[:4], ids=str)
-def test_head_shapes_match_the_oracle(heads):
-    assert_matches_reference(problem(1, heads, LENGTHS, num_tokens=NUM_TOKENS))
+def test_head_shapes_match_the_oracle(backend, heads):
+    assert_matches_reference(problem(1, heads, LENGTHS, num_tokens=NUM_TOKENS), backend=backend)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.slow
 @pytest.mark.parametrize("heads", SHAPES[4:], ids=str)
 @pytest.mark.parametrize("bfloat16", [False, True], ids=["f32", "bf16"])
-def test_every_head_shape_matches_the_oracle(heads, bfloat16):
+def test_every_head_shape_matches_the_oracle(backend, heads, bfloat16):
     p = problem(1, heads, LENGTHS, num_tokens=NUM_TOKENS, bfloat16=bfloat16)
-    assert_matches_reference(p)
+    assert_matches_reference(p, backend=backend)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("heads", [SHAPES[0], pytest.param(SHAPES[4], marks=SLOW)], ids=str)
-def test_bfloat16_pages_match_the_oracle(heads):
+def test_bfloat16_pages_match_the_oracle(backend, heads):
     p = problem(1, heads, LENGTHS, num_tokens=NUM_TOKENS, bfloat16=True)
-    assert_matches_reference(p)
+    assert_matches_reference(p, backend=backend)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(
     "variant", [pytest.param(v, marks=[SLOW] * (v in ("cap", "sinks", "tail"))) for v in VARIANTS]
 )
-def test_every_mask_and_score_variant_matches_the_oracle(variant):
-    assert_matches_reference(problem(2, SMOLLM2, num_tokens=NUM_TOKENS, **VARIANTS[variant]))
+def test_every_mask_and_score_variant_matches_the_oracle(backend, variant):
+    assert_matches_reference(
+        problem(2, SMOLLM2, num_tokens=NUM_TOKENS, **VARIANTS[variant]), backend=backend
+    )
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("variant", ["plain", "all"])
-def test_the_decode_body_matches_the_oracle(variant):
+def test_the_decode_body_matches_the_oracle(backend, variant):
     options = dict(VARIANTS[variant])
     options["seqs"] = [(n, seen[-1:] or [(0, 0)]) for n, seen in options["seqs"]]
     p = problem(3, SMOLLM2, num_tokens=16, **options)
-    assert_matches_reference(p, max_query_len=1)
+    assert_matches_reference(p, max_query_len=1, backend=backend)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("page_size", [pytest.param(1, marks=SLOW), 256])
-def test_any_page_size_that_divides_a_block_works(page_size):
+def test_any_page_size_that_divides_a_block_works(backend, page_size):
     p = problem(
         4, SMOLLM2, LENGTHS, page_size=page_size, pages_per_seq=-(-330 // page_size),
         num_tokens=NUM_TOKENS,
     )  # fmt: skip
-    assert_matches_reference(p)
+    assert_matches_reference(p, backend=backend)
 
 
 @st.composite
@@ -106,49 +115,56 @@ def scattered(draw) -> list[tuple[int, list[Seen]]]:
     return seqs
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @settings(max_examples=30, deadline=None)
 @given(scattered(), st.integers(0, 2**32 - 1), st.booleans())
-def test_queries_may_see_any_interval_and_nobody_else_is_read(seqs, seed, tail):
+def test_queries_may_see_any_interval_and_nobody_else_is_read(backend, seqs, seed, tail):
     p = problem(seed, Heads(4, 2, 32), seqs, num_tokens=16, tail_words=3 if tail else 0)
-    assert_matches_reference(p)
+    assert_matches_reference(p, backend=backend)
 
 
-def test_a_row_that_sees_nothing_gives_zeros_and_no_mass():
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_row_that_sees_nothing_gives_zeros_and_no_mass(backend):
     p = problem(5, SMOLLM2, [(40, [(7, 7), (20, 3), (0, 40)]), (0, [(0, 1)])])
-    o, lse = attend(p)
+    o, lse = attend(p, backend=backend)
     np.testing.assert_array_equal(o[[0, 1, 3]], 0)
     np.testing.assert_array_equal(lse[[0, 1, 3]], -np.inf)
     assert np.isfinite(lse[2]).all()
 
 
-def test_what_is_written_past_a_row_does_not_change_it():
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_is_written_past_a_row_does_not_change_it(backend):
     """Queries in the middle of a sequence: a mask aligned to its end would see the future."""
     seqs = [(200, [(0, 31), (0, 32), (0, 90)])]
     p = problem(6, SMOLLM2, seqs)
-    o, _ = attend(p)
+    o, _ = attend(p, backend=backend)
     whole = problem(6, SMOLLM2, [(200, [(0, 200)])])
     filled = jax.tree.map(lambda a, b: np.where(np.isnan(a), b, a), p.pages, whole.pages)
-    again, _ = attend(type(p)(**{**vars(p), "pages": filled}))
+    again, _ = attend(type(p)(**{**vars(p), "pages": filled}), backend=backend)
     np.testing.assert_array_equal(o, again)
 
 
-def test_large_scores_neither_overflow_nor_lose_the_row():
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_large_scores_neither_overflow_nor_lose_the_row(backend):
     p = problem(7, SMOLLM2, [(300, causal(300, 3))])
     loud = type(p)(**{**vars(p), "q": p.q * 200})
-    o, lse = attend(loud)
+    o, lse = attend(loud, backend=backend)
     want_o, want_lse = attend(loud, backend="reference")
     np.testing.assert_allclose(lse, want_lse, rtol=1e-5)
     np.testing.assert_allclose(o, want_o, atol=2e-3)  # scores of 2000 hold 1e-4
 
 
-def test_lse_can_be_left_out_and_numpy_arguments_need_no_jit():
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_lse_can_be_left_out_and_numpy_arguments_need_no_jit(backend):
     p = problem(8, SMOLLM2, LENGTHS, num_tokens=NUM_TOKENS)
     o = paged_attention(
-        p.q, p.pages, p.block_tables, p.query_starts, p.kv_lens, p.lo, p.hi, scale=0.125
-    )
-    np.testing.assert_array_equal(o, attend(p)[0])
+        p.q, p.pages, p.block_tables, p.query_starts, p.kv_lens, p.lo, p.hi, scale=0.125,
+        backend=backend,
+    )  # fmt: skip
+    np.testing.assert_array_equal(o, attend(p, backend=backend)[0])
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -162,28 +178,41 @@ def test_lse_can_be_left_out_and_numpy_arguments_need_no_jit():
     ],
     ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",
 )
-def test_contradicting_shapes_are_refused_with_the_values(change, message):
+def test_contradicting_shapes_are_refused_with_the_values(backend, change, message):
     p = problem(9, SMOLLM2, LENGTHS)
     p = type(p)(**{**vars(p), **change})
     with pytest.raises(ValueError, match=message):
-        attend(p)
+        attend(p, backend=backend)
 
 
-def test_a_page_size_that_does_not_divide_a_block_is_refused_with_the_reason():
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_only_the_xla_backend_wants_pages_that_divide_its_block(backend):
     p = problem(10, SMOLLM2, [(5, causal(5, 1))], page_size=48)
-    with pytest.raises(ExceptionGroup) as refusal:
-        attend(p)
-    assert "page_size=48" in str(refusal.value.exceptions[0])
+    if backend == "cpu":
+        assert_matches_reference(p, backend=backend)
+    else:
+        with pytest.raises(NotImplementedError, match="page_size=48"):
+            attend(p, backend=backend)
 
 
-def test_nothing_the_size_of_the_pool_is_made():
+def test_the_cpu_backend_refuses_pages_that_it_cannot_unpack():
+    p = problem(11, SMOLLM2, [(5, causal(5, 1))])
+    pages = jax.tree.map(lambda x: x.astype(np.float16), p.pages)
+    with pytest.raises(NotImplementedError, match="pages are float16"):
+        attend(type(p)(**{**vars(p), "pages": pages}), backend="cpu")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_nothing_the_size_of_the_pool_is_made(backend):
     """Reading a block gathers pages; it never converts or copies the pool."""
     num_pages, width = 4096, 64
     pool = jax.ShapeDtypeStruct((num_pages, 3, 16, width), np.uint16)
     ints = {n: jax.ShapeDtypeStruct((n,), np.int32) for n in (8, 9)}
 
     def call(q, k, v, tables, starts, kv_lens, lo, hi):
-        return paged_attention(q, LayerPages(k, v), tables, starts, kv_lens, lo, hi, scale=0.125)
+        return paged_attention(
+            q, LayerPages(k, v), tables, starts, kv_lens, lo, hi, scale=0.125, backend=backend
+        )
 
     lowered = jax.jit(call).lower(
         jax.ShapeDtypeStruct((8, 9, width), np.float32), pool, pool,

@@ -1,0 +1,434 @@
+// Paged attention on a CPU, straight from the pages: an XLA FFI handler.
+//
+// A unit of work is a tile of query tokens of one sequence and one KV head. It walks the keys that
+// the tile can see in blocks of 64, counted from the start of the sequence. A block is unpacked to
+// float32 once (keys transposed), then all rows of the tile go through the same register kernels,
+// four rows at a time, whether they come from a prefill or from a decode. A score is one chain of
+// multiply-adds over the channels, an output one over the keys, so a row's bits depend on nothing
+// but its own query, its interval and its KV.
+//
+// The softmax is the online one (FlashAttention-2, 2307.08691, section 3.1).
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <memory>
+#include <thread>
+#include <utility>
+#include <vector>
+
+#include "xla/ffi/api/ffi.h"
+
+namespace ffi = xla::ffi;
+
+namespace {
+
+constexpr int kLanes = 16;                 // floats in a vector
+constexpr int kVectors = 4;                // vectors of a row in a register kernel
+constexpr int kBlock = kLanes * kVectors;  // keys in a block: one bit each in a Mask
+constexpr int kRows = 4;                   // rows in a register kernel
+constexpr int kTileRows = 64;              // rows of a tile, unless one token alone brings more
+constexpr float kInf = std::numeric_limits<float>::infinity();
+
+using Mask = uint64_t;
+typedef float Vec __attribute__((vector_size(4 * kLanes)));
+typedef int32_t IntVec __attribute__((vector_size(4 * kLanes)));
+typedef uint16_t HalfVec __attribute__((vector_size(2 * kLanes)));
+
+inline Vec Load(const float* p) {
+  Vec v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+
+inline void Store(float* p, Vec v) { std::memcpy(p, &v, sizeof v); }
+
+inline Vec Splat(float x) { return Vec{} + x; }
+
+// Sixteen numbers of a page, which holds float32 or the bits of bfloat16.
+inline Vec Numbers(const float* p) { return Load(p); }
+
+inline Vec Numbers(const uint16_t* p) {
+  HalfVec half;
+  std::memcpy(&half, p, sizeof half);
+  return (Vec)(__builtin_convertvector(half, IntVec) << 16);
+}
+
+// The same of the last `count` channels, with zeros behind them.
+template <typename T>
+inline Vec Numbers(const T* p, int count) {
+  if (count >= kLanes) return Numbers(p);
+  T padded[kLanes] = {};
+  std::memcpy(padded, p, count * sizeof(T));
+  return Numbers(padded);
+}
+
+inline int RoundUp(int x, int multiple) { return (x + multiple - 1) / multiple * multiple; }
+
+// exp(x) for x <= 0: NaN for NaN, zero below 2^-126. The Taylor series of 2^r, |r| <= 1/2.
+inline Vec Exp(Vec x) {
+  x *= 1.44269504088896341f;
+  const IntVec tiny = x < -126.0f;
+  x = tiny ? Splat(-126.0f) : x;
+  const IntVec n = __builtin_convertvector(x - 0.5f, IntVec);  // rounds, since x <= 0
+  const Vec r = x - __builtin_convertvector(n, Vec);
+  Vec y = Splat(1.52527338e-5f);
+  y = y * r + 1.54035304e-4f;
+  y = y * r + 1.33335581e-3f;
+  y = y * r + 9.61812911e-3f;
+  y = y * r + 5.55041087e-2f;
+  y = y * r + 2.40226507e-1f;
+  y = y * r + 6.93147181e-1f;
+  y = y * r + 1.0f;
+  y *= (Vec)((n + 127) << 23);
+  return tiny ? Vec{} : y;
+}
+
+inline float Exp(float x) { return Exp(Splat(x))[0]; }
+
+inline Vec Tanh(Vec x) {
+  const Vec e = Exp(x < 0.0f ? 2.0f * x : -2.0f * x);
+  const Vec y = (1.0f - e) / (1.0f + e);
+  return x < 0.0f ? -y : y;
+}
+
+// The sum over the lanes, as a tree.
+inline float Sum(Vec v) {
+  for (int half = kLanes / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) v[i] += v[i + half];
+  return v[0];
+}
+
+// The lowest sixteen bits of a mask, a lane each.
+inline IntVec Lanes(Mask mask) {
+  const IntVec bits = {1,      1 << 1, 1 << 2,  1 << 3,  1 << 4,  1 << 5,  1 << 6,  1 << 7,
+                       1 << 8, 1 << 9, 1 << 10, 1 << 11, 1 << 12, 1 << 13, 1 << 14, 1 << 15};
+  return (bits & (IntVec{} + static_cast<int32_t>(mask & 0xffff))) != 0;
+}
+
+// Swaps the off-diagonal halves of every 2*S x 2*S square; S = 8, 4, 2, 1 transpose 16 x 16.
+template <int S, int... I>
+inline void Exchange(Vec (&a)[kLanes], std::integer_sequence<int, I...>) {
+  for (int i = 0; i < kLanes; ++i) {
+    if (i & S) continue;
+    const Vec x = a[i], y = a[i + S];
+    a[i] = __builtin_shufflevector(x, y, (I & S ? kLanes + I - S : I)...);
+    a[i + S] = __builtin_shufflevector(x, y, (I & S ? kLanes + I : I + S)...);
+  }
+}
+
+inline void Transpose(Vec (&a)[kLanes]) {
+  const std::make_integer_sequence<int, kLanes> lanes;
+  Exchange<8>(a, lanes);
+  Exchange<4>(a, lanes);
+  Exchange<2>(a, lanes);
+  Exchange<1>(a, lanes);
+}
+
+// scores[r][b] = sum over d of q[r][d] * keys[d][b].
+inline void Scores(const float* q, const float* keys, int width, float* scores) {
+  Vec sum[kRows][kVectors] = {};
+  for (int d = 0; d < width; ++d) {
+    for (int v = 0; v < kVectors; ++v) {
+      const Vec k = Load(keys + d * kBlock + v * kLanes);
+      for (int r = 0; r < kRows; ++r) sum[r][v] += q[r * width + d] * k;
+    }
+  }
+  for (int r = 0; r < kRows; ++r)
+    for (int v = 0; v < kVectors; ++v) Store(scores + r * kBlock + v * kLanes, sum[r][v]);
+}
+
+// out[r][c] = out[r][c] * scale[r] + sum over b of p[r][b] * values[b][c], for N vectors of c.
+template <int N>
+inline void Absorb(const float* p, const float* values, int width, const float* scale, float* out) {
+  Vec sum[kRows][N];
+  for (int r = 0; r < kRows; ++r)
+    for (int v = 0; v < N; ++v) sum[r][v] = Load(out + r * width + v * kLanes) * scale[r];
+  for (int b = 0; b < kBlock; ++b) {
+    for (int v = 0; v < N; ++v) {
+      const Vec x = Load(values + b * width + v * kLanes);
+      for (int r = 0; r < kRows; ++r) sum[r][v] += p[r * kBlock + b] * x;
+    }
+  }
+  for (int r = 0; r < kRows; ++r)
+    for (int v = 0; v < N; ++v) Store(out + r * width + v * kLanes, sum[r][v]);
+}
+
+struct Row {
+  int64_t token;
+  int lo, hi;            // the visible interval, cut to what is written
+  float top = -kInf;     // running maximum
+  float normaliser = 0;  // running sum of exp(score - top)
+};
+
+struct Tile {
+  int seq;
+  int64_t first, tokens;
+  int head;
+};
+
+// The arguments of one call. Shapes are those of `kvjax.pallas_kernels.paged_attention`.
+template <typename T>
+struct Attention {
+  const float* q;
+  const T *k, *v;
+  const int32_t *tables, *starts, *lens, *lo, *hi;
+  const uint32_t* tail_mask;
+  const float* sinks;
+  float *out, *lse;
+  int64_t tokens, seqs, kv_heads, group, page_size, table_width, words;
+  int k_width, v_width, v_stride;  // channels
+  int k_padded, v_padded;          // the same in whole vectors
+  float scale, soft_cap;
+  bool has_sinks;
+
+  std::vector<Tile> Tiles() const {
+    std::vector<Tile> tiles;
+    const int64_t size = std::max<int64_t>(1, kTileRows / group);
+    for (int s = 0; s < seqs; ++s)
+      for (int64_t t = starts[s]; t < starts[s + 1]; t += size)
+        for (int h = 0; h < kv_heads; ++h)
+          tiles.push_back({s, t, std::min<int64_t>(size, starts[s + 1] - t), h});
+    return tiles;
+  }
+
+  // Which keys of the block that starts at index `first` the row sees.
+  Mask Visible(const Row& row, int first, int len) const {
+    const int from = std::max(row.lo - first, 0), to = std::min(row.hi - first, kBlock);
+    if (from >= to) return 0;
+    Mask mask = (~Mask{0} >> (kBlock - (to - from))) << from;
+    const int tail = len - 32 * static_cast<int>(words);  // index of the tail's first bit
+    for (int b = std::max(tail - first, from); b < to; ++b) {
+      const int j = first + b - tail;
+      if (!(tail_mask[row.token * words + j / 32] >> (j % 32) & 1)) mask &= ~(Mask{1} << b);
+    }
+    return mask;
+  }
+
+  // Where the keys and values of a block begin: null where no row of the tile looks.
+  struct Slots {
+    const T *k[kBlock], *v[kBlock];
+  };
+
+  // The slots of the block that starts at index `first`, of those that `seen` marks.
+  void Locate(const Tile& tile, int first, Mask seen, Slots& slots) const {
+    const int32_t* table = tables + tile.seq * table_width;
+    int64_t page = first / page_size, offset = first % page_size;
+    for (int b = 0; b < kBlock; ++b) {
+      if (seen >> b & 1) {
+        const int64_t slot = (table[page] * kv_heads + tile.head) * page_size + offset;
+        slots.k[b] = k + slot * k_width;
+        slots.v[b] = v + slot * v_stride;
+      } else {
+        slots.k[b] = slots.v[b] = nullptr;
+      }
+      if (++offset == page_size) offset = 0, ++page;
+    }
+  }
+
+  // Keys as [channels, kBlock] and values as [kBlock, channels], channels in whole vectors; zeros
+  // where nobody looks.
+  void Unpack(const Slots& slots, float* keys, float* values) const {
+    for (int j = 0; j < kBlock; j += kLanes) {
+      for (int d = 0; d < k_width; d += kLanes) {
+        Vec square[kLanes];
+        for (int i = 0; i < kLanes; ++i)
+          square[i] = slots.k[j + i] ? Numbers(slots.k[j + i] + d, k_width - d) : Vec{};
+        Transpose(square);
+        for (int i = 0; i < kLanes; ++i) Store(keys + (d + i) * kBlock + j, square[i]);
+      }
+    }
+    for (int b = 0; b < kBlock; ++b)
+      for (int c = 0; c < v_width; c += kLanes)
+        Store(values + b * v_padded + c,
+              slots.v[b] ? Numbers(slots.v[b] + c, v_width - c) : Vec{});
+  }
+
+  // Turns a row's scores into weights; returns what its earlier output is to be scaled by.
+  float Weigh(Row& row, Mask mask, float* scores) const {
+    Vec s[kVectors], highest = Splat(row.top);
+    for (int v = 0; v < kVectors; ++v) {
+      s[v] = Load(scores + v * kLanes);
+      if (soft_cap > 0) s[v] = soft_cap * Tanh(s[v] / soft_cap);
+      if (mask != ~Mask{0}) s[v] = Lanes(mask >> (v * kLanes)) ? s[v] : Splat(-kInf);
+      highest = s[v] > highest ? s[v] : highest;
+    }
+    float top = row.top;
+    for (int i = 0; i < kLanes; ++i) top = std::max(top, highest[i]);
+    const float base = top == -kInf ? 0 : top;
+    const float scale = row.top == -kInf ? 0 : Exp(row.top - base);
+    Vec sum = {};
+    for (int v = 0; v < kVectors; ++v) {
+      s[v] = Exp(s[v] - base);
+      sum += s[v];
+      Store(scores + v * kLanes, s[v]);
+    }
+    row.top = top;
+    row.normaliser = row.normaliser * scale + Sum(sum);
+    return scale;
+  }
+
+  void Run(const Tile& tile) const {
+    const int rows = static_cast<int>(tile.tokens * group);
+    const int padded = RoundUp(rows, kRows);
+    thread_local std::vector<float> scratch;
+    scratch.resize(size_t(padded + kBlock) * (k_padded + v_padded));
+    float* queries = scratch.data();
+    float* acc = queries + padded * k_padded;
+    float* keys = acc + padded * v_padded;
+    float* values = keys + kBlock * k_padded;
+    std::fill(queries, keys, 0.0f);
+
+    const int len = lens[tile.seq];
+    thread_local std::vector<Row> state;
+    thread_local std::vector<Mask> masks;
+    state.assign(padded, Row{0, 0, 0});
+    masks.resize(padded);
+    int lowest = len, highest = 0;
+    for (int i = 0; i < rows; ++i) {
+      const int64_t t = tile.first + i / group;
+      state[i] = {t, std::max(lo[t], 0), std::min(hi[t], len)};
+      if (state[i].lo < state[i].hi) {
+        lowest = std::min(lowest, state[i].lo);
+        highest = std::max(highest, state[i].hi);
+      }
+      const float* from = q + (t * kv_heads * group + tile.head * group + i % group) * k_width;
+      for (int d = 0; d < k_width; ++d) queries[i * k_padded + d] = from[d] * scale;
+    }
+
+    for (int first = lowest / kBlock * kBlock; first < highest; first += kBlock) {
+      Mask seen = 0;
+      for (int i = 0; i < padded; ++i) seen |= masks[i] = Visible(state[i], first, len);
+      Slots slots;
+      Locate(tile, first, seen, slots);
+      Unpack(slots, keys, values);
+      for (int i = 0; i < padded; i += kRows) {
+        float weights[kRows * kBlock], factor[kRows];
+        Scores(queries + i * k_padded, keys, k_padded, weights);
+        for (int r = 0; r < kRows; ++r)
+          factor[r] = Weigh(state[i + r], masks[i + r], weights + r * kBlock);
+        int c = 0;
+        for (; c + kBlock <= v_padded; c += kBlock)
+          Absorb<kVectors>(weights, values + c, v_padded, factor, acc + i * v_padded + c);
+        for (; c < v_padded; c += kLanes)
+          Absorb<1>(weights, values + c, v_padded, factor, acc + i * v_padded + c);
+      }
+    }
+    for (int i = 0; i < rows; ++i) Finish(state[i], tile, i % group, acc + i * v_padded);
+  }
+
+  void Finish(const Row& row, const Tile& tile, int g, const float* acc) const {
+    const int64_t head = tile.head * group + g, at = row.token * kv_heads * group + head;
+    float top = row.top, normaliser = row.normaliser, factor = 1;
+    if (has_sinks) {
+      top = std::max(top, sinks[head]);
+      factor = row.top == -kInf ? 0 : Exp(row.top - top);
+      normaliser = normaliser * factor + Exp(sinks[head] - top);
+    }
+    const bool nothing = top == -kInf;
+    for (int c = 0; c < v_width; ++c)
+      out[at * v_width + c] = nothing ? 0 : acc[c] * factor / normaliser;
+    lse[at] = nothing ? -kInf : top + std::log(normaliser);
+  }
+
+  void ZeroPadding() const {
+    const int64_t heads = kv_heads * group, from = starts[seqs] * heads, to = tokens * heads;
+    std::fill(out + from * v_width, out + to * v_width, 0.0f);
+    std::fill(lse + from, lse + to, 0.0f);
+  }
+};
+
+// The tiles of one call, which the caller and threads of XLA's pool take one by one. A pool thread
+// that comes late finds none left and touches nothing but this; nobody waits for it.
+template <typename T>
+struct Work {
+  Attention<T> attention;
+  std::vector<Tile> tiles;
+  std::atomic<size_t> next{0}, done{0};
+
+  void Run() {
+    for (size_t i; (i = next.fetch_add(1)) < tiles.size(); done.fetch_add(1))
+      attention.Run(tiles[i]);
+  }
+};
+
+template <typename T>
+void RunParallel(ffi::ThreadPool& pool, const Attention<T>& attention) {
+  attention.ZeroPadding();
+  auto work = std::make_shared<Work<T>>();
+  work->attention = attention;
+  work->tiles = attention.Tiles();
+  const size_t helpers = std::min<size_t>(pool.num_threads(), work->tiles.size());
+  for (size_t i = 1; i < helpers; ++i) pool.Schedule([work] { work->Run(); });
+  work->Run();
+  while (work->done.load() < work->tiles.size()) std::this_thread::yield();
+}
+
+ffi::Error PagedAttention(
+    ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::AnyBuffer k, ffi::AnyBuffer v,
+    ffi::Buffer<ffi::S32> tables, ffi::Buffer<ffi::S32> starts, ffi::Buffer<ffi::S32> lens,
+    ffi::Buffer<ffi::S32> lo, ffi::Buffer<ffi::S32> hi, ffi::Buffer<ffi::U32> tail_mask,
+    ffi::Buffer<ffi::F32> sinks, ffi::ResultBuffer<ffi::F32> out, ffi::ResultBuffer<ffi::F32> lse,
+    float scale, float soft_cap) {
+  const auto attend = [&](auto element) {
+    using T = decltype(element);
+    const auto queries = q.dimensions(), pages = k.dimensions();
+    Attention<T> a;
+    a.q = q.typed_data();
+    a.k = static_cast<const T*>(k.untyped_data());
+    a.v = static_cast<const T*>(v.untyped_data());
+    a.tables = tables.typed_data();
+    a.starts = starts.typed_data();
+    a.lens = lens.typed_data();
+    a.lo = lo.typed_data();
+    a.hi = hi.typed_data();
+    a.tail_mask = tail_mask.typed_data();
+    a.sinks = sinks.typed_data();
+    a.out = out->typed_data();
+    a.lse = lse->typed_data();
+    a.tokens = queries[0];
+    a.seqs = tables.dimensions()[0];
+    a.kv_heads = pages[1];
+    a.group = queries[1] / pages[1];
+    a.page_size = pages[2];
+    a.table_width = tables.dimensions()[1];
+    a.words = tail_mask.dimensions()[1];
+    a.k_width = static_cast<int>(pages[3]);
+    a.v_width = static_cast<int>(out->dimensions()[2]);
+    a.k_padded = RoundUp(a.k_width, kLanes);
+    a.v_padded = RoundUp(a.v_width, kLanes);
+    a.v_stride = static_cast<int>(v.dimensions()[3]);
+    a.scale = scale;
+    a.soft_cap = soft_cap;
+    a.has_sinks = sinks.element_count() > 0;
+    RunParallel(pool, a);
+    return ffi::Error::Success();
+  };
+  if (k.element_type() == ffi::U16) return attend(uint16_t{});
+  if (k.element_type() == ffi::F32) return attend(float{});
+  return ffi::Error(ffi::ErrorCode::kInvalidArgument, "pages must be float32 or uint16");
+}
+
+}  // namespace
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(
+    kvjax_paged_attention, PagedAttention,
+    ffi::Ffi::Bind()
+        .Ctx<ffi::ThreadPool>()
+        .Arg<ffi::Buffer<ffi::F32>>()
+        .Arg<ffi::AnyBuffer>()
+        .Arg<ffi::AnyBuffer>()
+        .Arg<ffi::Buffer<ffi::S32>>()
+        .Arg<ffi::Buffer<ffi::S32>>()
+        .Arg<ffi::Buffer<ffi::S32>>()
+        .Arg<ffi::Buffer<ffi::S32>>()
+        .Arg<ffi::Buffer<ffi::S32>>()
+        .Arg<ffi::Buffer<ffi::U32>>()
+        .Arg<ffi::Buffer<ffi::F32>>()
+        .Ret<ffi::Buffer<ffi::F32>>()
+        .Ret<ffi::Buffer<ffi::F32>>()
+        .Attr<float>("scale")
+        .Attr<float>("soft_cap"));

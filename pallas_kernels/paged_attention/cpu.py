@@ -1,0 +1,50 @@
+"""Paged attention on a CPU as one C++ kernel, `cpu.cc`, that reads the pages where they lie."""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kvjax.pallas_kernels import native
+from kvjax.pallas_kernels.page_ops import LayerPages
+
+_TARGET = "kvjax_paged_attention"
+
+
+def probe() -> None:
+    """Raises NotImplementedError where the kernel cannot run at all."""
+    if jax.default_backend() != "cpu":
+        raise NotImplementedError(f"cpu: the platform is {jax.default_backend()}")
+    native.register(Path(__file__).with_suffix(".cc"), _TARGET)
+
+
+def paged_attention(
+    q, pages: LayerPages, block_tables, query_starts, kv_lens, visible_lo, visible_hi, *,
+    scale, tail_mask=None, soft_cap=None, sinks=None, value_width=None, max_query_len=None,
+    return_lse=False,
+):  # fmt: skip
+    """See `kvjax.pallas_kernels.paged_attention`."""
+    del max_query_len  # one body serves all
+    v = pages.k if pages.v is None else pages.v
+    width = v.shape[3] if value_width is None else value_width
+    if pages.k.dtype not in (np.uint16, np.float32):
+        raise NotImplementedError(f"cpu: pages are {pages.k.dtype}, not float32 or bfloat16 bits")
+    probe()
+    tokens, heads, _ = q.shape
+    if tail_mask is None:
+        tail_mask = jnp.zeros((tokens, 0), jnp.uint32)
+    if sinks is None:
+        sinks = jnp.zeros((0,), jnp.float32)
+    out, lse = jax.ffi.ffi_call(
+        _TARGET,
+        (
+            jax.ShapeDtypeStruct((tokens, heads, width), jnp.float32),
+            jax.ShapeDtypeStruct((tokens, heads), jnp.float32),
+        ),
+    )(
+        jnp.asarray(q, jnp.float32), pages.k, v, block_tables, query_starts, kv_lens,
+        visible_lo, visible_hi, tail_mask, jnp.asarray(sinks, jnp.float32),
+        scale=np.float32(scale), soft_cap=np.float32(soft_cap or 0.0),
+    )  # fmt: skip
+    return (out, lse) if return_lse else out
