@@ -16,6 +16,7 @@ from kvjax.intake import Intake
 from kvjax.models import ModelConfig, Sharding, kv_spec, load_model, model_config
 from kvjax.models.checkpoint import Checkpoint, open_checkpoint
 from kvjax.models.tokenizers import Tokenizer, load_tokenizer
+from kvjax.pallas_kernels import native
 
 log = logging.getLogger("kvjax")
 
@@ -42,6 +43,7 @@ def build(model: str | Path, config: EngineConfig, mesh: Mesh | None = None) -> 
     """
     if config.compilation_cache:
         enable_compilation_cache()
+    native.folder = cache_dir() / "native"
     checkpoint = open_checkpoint(model)
     arch = model_config(checkpoint.config)
     tokenizer = load_tokenizer(checkpoint)

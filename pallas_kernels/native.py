@@ -1,14 +1,13 @@
 """C++ for what neither XLA nor Pallas does well on a CPU: compiled at first use, called by XLA.
 
 A source file is compiled for the processor at hand with the machine's own C++ compiler, against the
-FFI headers that come with jaxlib, and kept in the user's cache folder. Where there is no compiler
-the backend refuses, with the reason, and the XLA one takes its place.
+FFI headers that come with jaxlib, and kept in `folder`. Where there is no compiler the backend
+refuses, with the reason, and the XLA one takes its place.
 """
 
 import ctypes
 import functools
 import hashlib
-import os
 import platform
 import shutil
 import subprocess
@@ -22,6 +21,8 @@ _COMPILERS = ("c++", "g++", "clang++")
 _FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-ffp-contract=fast", "-w",
           "-fPIC", "-shared")  # fmt: skip
 _SECONDS = 120  # for one compilation
+
+folder = Path.home() / ".cache" / "kvjax" / "native"  # of compiled files; an engine names its own
 
 
 @functools.cache
@@ -41,7 +42,7 @@ def _library(source: Path) -> ctypes.CDLL:
     compiler = next((path for name in _COMPILERS if (path := shutil.which(name))), None)
     if compiler is None:
         raise NotImplementedError(f"cpu: no C++ compiler on PATH ({', '.join(_COMPILERS)})")
-    target = _folder() / f"{source.stem}-{_key(source, compiler)}.so"
+    target = folder / f"{source.stem}-{_key(source, compiler)}.so"
     if not target.exists():
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -60,13 +61,6 @@ def _library(source: Path) -> ctypes.CDLL:
         except (OSError, subprocess.TimeoutExpired) as error:
             raise NotImplementedError(f"cpu: cannot compile {source.name}: {error}") from error
     return ctypes.cdll.LoadLibrary(str(target))
-
-
-def _folder() -> Path:
-    """Beside what `kvjax.config.cache_dir` names; kernels do not import the rest of kvjax."""
-    shared = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    own = os.environ.get("KVJAX_CACHE_DIR") or os.path.join(shared, "kvjax")
-    return Path(own).expanduser() / "native"
 
 
 def _key(source: Path, compiler: str) -> str:

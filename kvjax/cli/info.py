@@ -14,6 +14,7 @@ from kvjax import __version__
 from kvjax.cli.options import show_size
 from kvjax.config import cache_dir, host_memory
 from kvjax.models.pull import cached_models
+from kvjax.pallas_kernels import native
 from kvjax.pallas_kernels.dispatch import OPERATIONS
 
 HELP = "versions, devices, kernels, caches"
@@ -32,6 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Runs the command."""
     console = Console()
+    native.folder = cache_dir() / "native"
     for table in (_versions(), _devices(), _kernels(), _caches()):
         console.print(table)
     return 0

@@ -16,7 +16,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(kvjax_test_nothing, Nothing, xla::ffi::Ffi::Bind()
 
 @pytest.fixture
 def source(tmp_path, monkeypatch) -> Path:
-    monkeypatch.setenv("KVJAX_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr(native, "folder", tmp_path / "cache" / "native")
     path = tmp_path / "nothing.cc"
     path.write_text(SOURCE)
     return path
