@@ -7,7 +7,13 @@ attends to the *indices* in `[visible_lo, visible_hi)` of its own sequence.
 
 from kvjax.pallas_kernels.dispatch import OPERATIONS, Operation
 from kvjax.pallas_kernels.linear import int8_linear, linear, quantise_rows
-from kvjax.pallas_kernels.page_ops import LayerPages, copy_pages, gather_slots, write_slots
+from kvjax.pallas_kernels.page_ops import (
+    LayerPages,
+    copy_pages,
+    empty_pool,
+    gather_slots,
+    write_slots,
+)
 from kvjax.pallas_kernels.paged_attention import paged_attention
 from kvjax.pallas_kernels.reductions import row_mean_square, row_sum, steady_exp
 
@@ -16,6 +22,7 @@ __all__ = [
     "LayerPages",
     "Operation",
     "copy_pages",
+    "empty_pool",
     "gather_slots",
     "int8_linear",
     "linear",

@@ -6,6 +6,7 @@ import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 
@@ -122,6 +123,18 @@ def test_the_requests_differ_and_are_about_something():
 @every_dtype
 def test_batched_is_alone(dtype):
     assert_as_alone(dtype, serve(cold(engine(dtype)), PROMPTS, PARAMS))
+
+
+@every_dtype
+def test_what_unwritten_slots_hold_reaches_no_result(dtype):
+    served = cold(engine(dtype))
+
+    def poison(pool: Any) -> Any:
+        nan = np.float32("nan") if pool.dtype == np.float32 else np.uint16(0x7FC0)
+        return jax.numpy.full(pool.shape, nan, pool.dtype)
+
+    served[0].runner.pages = jax.tree.map(poison, served[0].runner.pages)
+    assert_as_alone(dtype, serve(served, PROMPTS, PARAMS))
 
 
 @every_dtype

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from kvjax.pallas_kernels import LayerPages, copy_pages
+from kvjax.pallas_kernels import LayerPages, copy_pages, empty_pool
 
 KVKind = Literal["full", "sliding", "latent"]
 
@@ -113,11 +113,10 @@ class KVPages:
         num_pages: int,
         sharding: Callable[[tuple[int, ...]], jax.sharding.Sharding] | None = None,
     ) -> "KVPages":
-        """Zeroed pages; `sharding` maps a pool's shape to where it lies."""
+        """Pages of no particular content; `sharding` maps a pool's shape to where it lies."""
 
         def pool(leaf: jax.ShapeDtypeStruct) -> Array:
-            device = sharding(leaf.shape) if sharding else None
-            return jnp.zeros(leaf.shape, leaf.dtype, device=device)
+            return empty_pool(leaf, sharding(leaf.shape) if sharding else None)
 
         return jax.tree.map(pool, KVPages.abstract(spec, num_pages))
 

@@ -1,6 +1,5 @@
 """Reference-counted page ids. Host-side and JAX-free: the pool moves integers, never KV."""
 
-from collections import deque
 from collections.abc import Iterable
 
 from kvjax.errors import OutOfPages
@@ -9,8 +8,8 @@ from kvjax.errors import OutOfPages
 class PagePool:
     """Reference counts of `num_pages` pages, each of `page_size` KV slots.
 
-    Freed pages are reused first in, first out, so a stale reference shows late rather than never
-    and a page's last content survives as long as possible.
+    The page freed last is reused first: its memory is committed and warm, while pages that were
+    never used cost a lazily committed pool nothing.
     """
 
     def __init__(self, num_pages: int, page_size: int) -> None:
@@ -19,7 +18,7 @@ class PagePool:
                 f"expected num_pages >= 0 and page_size >= 1: {num_pages=} {page_size=}"
             )
         self.num_pages, self.page_size = num_pages, page_size
-        self._free = deque(range(num_pages))
+        self._free = list(range(num_pages - 1, -1, -1))  # the next at the end
         self._refs = [0] * num_pages
 
     @property
@@ -40,7 +39,7 @@ class PagePool:
             raise ValueError(f"count must not be negative, got {count}")
         if count > len(self._free):
             raise OutOfPages(wanted=count, free=len(self._free))
-        pages = [self._free.popleft() for _ in range(count)]
+        pages = [self._free.pop() for _ in range(count)]
         for page in pages:
             self._refs[page] = 1
         return pages
@@ -53,7 +52,7 @@ class PagePool:
             refs[page] += 1
 
     def release(self, pages: Iterable[int]) -> None:
-        """Gives one reference of each page back; a page without any is free, and reused last."""
+        """Gives one reference of each page back; a page without any is free."""
         refs = self._refs
         for page in pages:
             assert refs[page] > 0, f"page {page} released twice"

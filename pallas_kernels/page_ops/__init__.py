@@ -1,7 +1,8 @@
-"""Moving KV between tokens and pages: `write_slots`, `gather_slots`, `copy_pages`."""
+"""Making pages, and moving KV between tokens and them."""
 
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
@@ -34,9 +35,23 @@ def decode_dtype(pages: LayerPages) -> jnp.dtype:
     return jnp.dtype(jnp.bfloat16) if pages.k.dtype == jnp.uint16 else jnp.dtype(pages.k.dtype)
 
 
+_empty = Operation("page_ops.empty_pool", {"cpu": ("cpu", "xla"), "*": ("xla",)})
 _write = Operation("page_ops.write_slots", {"*": ("xla",)})
 _gather = Operation("page_ops.gather_slots", {"*": ("xla",)})
 _copy = Operation("page_ops.copy_pages", {"*": ("xla",)})
+
+
+def empty_pool(
+    pool: jax.ShapeDtypeStruct,
+    sharding: jax.sharding.Sharding | None = None,
+    *,
+    backend: str | None = None,
+) -> Array:
+    """An array of that shape and dtype whose content means nothing until it is written.
+
+    On a CPU it takes memory as its pages are first written, if the machine has a C++ compiler.
+    """
+    return _empty(pool, sharding, backend=backend)
 
 
 def write_slots(
@@ -81,8 +96,10 @@ def copy_pages(
     return _copy(pages, src, dst, backend=backend)
 
 
-from kvjax.pallas_kernels.page_ops import reference, xla  # noqa: E402  (they need LayerPages)
+from kvjax.pallas_kernels.page_ops import cpu, reference, xla  # noqa: E402  (need LayerPages)
 
+_empty.implementations |= {"cpu": cpu.empty_pool, "xla": xla.empty_pool}
+_empty.probes["cpu"] = cpu.probe
 for _op, _name in ((_write, "write_slots"), (_gather, "gather_slots"), (_copy, "copy_pages")):
     _op.implementations |= {"xla": getattr(xla, _name), "reference": getattr(reference, _name)}
     _op.notes["reference"] = "numpy on the host, the specification: only by name, outside jit"

@@ -22,6 +22,11 @@ def _past_the_end(ids: Array, size: int) -> Array:
     return jnp.where(ids < 0, size, ids)  # so that mode="drop" drops it
 
 
+def empty_pool(pool: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding | None) -> Array:
+    """See `kvjax.pallas_kernels.empty_pool`: zeros."""
+    return jnp.zeros(pool.shape, pool.dtype, device=sharding)
+
+
 def write_slots(pages: LayerPages, k: Array, v: Array | None, slots: Array) -> LayerPages:
     """See `kvjax.pallas_kernels.write_slots`."""
     slots = _past_the_end(slots, pages.num_pages * pages.page_size)

@@ -32,12 +32,12 @@ def test_a_page_is_free_when_its_last_user_releases_it():
     assert (pool.ref_count(pages[0]), pool.num_free) == (0, 2)
 
 
-def test_freed_pages_are_reused_first_in_first_out():
-    pool = PagePool(3, 16)
-    pool.allocate(3)
+def test_freed_pages_are_reused_last_in_first_out_and_before_any_fresh_page():
+    pool = PagePool(5, 16)
+    assert pool.allocate(3) == [0, 1, 2]
     pool.release([1])
     pool.release([2, 0])
-    assert pool.allocate(3) == [1, 2, 0]
+    assert pool.allocate(5) == [0, 2, 1, 3, 4]
 
 
 def test_releasing_or_retaining_a_free_page_is_a_bug():
@@ -102,7 +102,7 @@ class PoolAgainstLists(RuleBasedStateMachine):
     def _give_back(self, page):
         self.taken.remove(page)
         if page not in self.taken:
-            self.free.append(page)
+            self.free.insert(0, page)
 
     @rule(count=st.integers(0, NUM_PAGES))
     def allocate(self, count):
@@ -140,7 +140,7 @@ class PoolAgainstLists(RuleBasedStateMachine):
             if keep:
                 lease.keep()
         assert pages == self.free[:count]
-        self.free = self.free[count:] + ([] if keep else pages)
+        self.free = ([] if keep else pages[::-1]) + self.free[count:]
         self.taken += pages if keep else []
 
     @invariant()

@@ -1,5 +1,7 @@
 """Writes, gathers and copies of pages: equal to the specification, and in place when donated."""
 
+import resource
+import sys
 from typing import Any
 
 import jax
@@ -9,8 +11,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvjax.pallas_kernels import OPERATIONS, LayerPages, copy_pages, gather_slots, write_slots
-from kvjax.pallas_kernels.page_ops import xla
+from kvjax.pallas_kernels import (
+    OPERATIONS,
+    LayerPages,
+    copy_pages,
+    empty_pool,
+    gather_slots,
+    write_slots,
+)
+from kvjax.pallas_kernels.page_ops import cpu, xla
 
 PAGES, SIZE, HEADS = 6, 4, 3
 TOKENS = 8
@@ -142,6 +151,35 @@ def test_a_donated_pool_is_updated_in_place(operation, latent, dtype):
     num_bytes = sum(x.size * np.dtype(dtype).itemsize for x in pages if x is not None)
     assert memory.alias_size_in_bytes == num_bytes
     assert memory.temp_size_in_bytes < 0.01 * num_bytes
+
+
+def resident_bytes() -> int:
+    with open("/proc/self/statm") as statm:
+        return int(statm.read().split()[1]) * resource.getpagesize()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_an_empty_pool_on_a_cpu_takes_the_memory_that_is_written():
+    try:
+        cpu.probe()
+    except NotImplementedError as why:
+        pytest.skip(str(why))
+    shape = jax.ShapeDtypeStruct((4096, 3, 16, 256), np.float32)  # 192 MiB
+    write = jax.jit(write_slots, donate_argnums=0)
+    new, slots = jnp.ones((8, 3, 256)), jnp.arange(8, dtype=jnp.int32)
+    write = write.lower(LayerPages(shape, None), new, None, slots).compile()  # type: ignore[arg-type]
+    before = resident_bytes()
+    pages = write(LayerPages(empty_pool(shape), None), new, None, slots)
+    assert np.asarray(pages.k[0, :, :8] == 1).all()
+    assert resident_bytes() - before < 32 * 2**20
+
+
+def test_an_empty_pool_over_a_mesh_is_made_by_xla():
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), ("model",))
+    place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    pool = empty_pool(jax.ShapeDtypeStruct((2, 1, 16, 8), np.uint16), place)
+    assert pool.sharding == place
+    assert (pool.shape, pool.dtype) == ((2, 1, 16, 8), np.uint16)
 
 
 def test_a_donated_pool_is_consumed():
