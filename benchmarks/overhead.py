@@ -236,15 +236,15 @@ def _products(llm: Any, tokens: int) -> Callable[[], float]:
     graph, state = nnx.split((linears, head))
     inputs = {
         width: jnp.ones((tokens, width), jnp.float32)
-        for width in {m.weight[...].shape[-1] for m in [*linears, head]}
+        for width in {m.shape[-1] for m in [*linears, head]}
     }
 
     @jax.jit
     def multiply(state: Any, inputs: Any) -> Any:
         linears, head = nnx.merge(graph, state)
         # Each product sees its own input, and its result is used: none can be shared or dropped.
-        parts = [m(inputs[m.weight[...].shape[-1]] * i) for i, m in enumerate(linears)]
-        parts.append(head(inputs[head.weight[...].shape[-1]][:seats]))
+        parts = [m(inputs[m.shape[-1]] * i) for i, m in enumerate(linears)]
+        parts.append(head(inputs[head.shape[-1]][:seats]))
         return parts
 
     def seconds() -> float:

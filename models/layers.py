@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from kvjax.cache.pages import KVView
 from kvjax.models.loading import Loader
@@ -18,6 +18,7 @@ from kvjax.models.rope import rotate
 from kvjax.models.sharding import Sharding
 from kvjax.pallas_kernels import (
     LayerPages,
+    Panels,
     int8_linear,
     linear,
     paged_attention,
@@ -27,7 +28,10 @@ from kvjax.pallas_kernels import (
 
 
 class Linear(nnx.Module):
-    """`x @ w.T + b`; `w` may have several output axes: `[*out, in]`. Float32 result."""
+    """`x @ w.T + b`; `w` may have several output axes: `[*out, in]`. Float32 result.
+
+    The weights are packed where a kernel wants them so, and lie as they are elsewhere.
+    """
 
     def __init__(
         self,
@@ -37,7 +41,9 @@ class Linear(nnx.Module):
         bias=None,
     ) -> None:
         weight, scale = load.weight(w, axes)
-        self.weight = nnx.Param(weight)
+        self.shape = tuple(w.shape)
+        self.packed = isinstance(weight, Panels)
+        self.weight = nnx.Param(weight.words if isinstance(weight, Panels) else weight)
         self.scale = None if scale is None else nnx.Param(scale)
         self.bias = None if bias is None else nnx.Param(load.vector(bias, axes[:-1]))
         self.pad_single_row = load.deterministic or load.dtype != "float32"
@@ -45,10 +51,21 @@ class Linear(nnx.Module):
     def __call__(self, x: Float[Array, "rows in_"]) -> Float[Array, "rows *out"]:
         """Applies the map to each row."""
         if self.scale is not None:
-            y = int8_linear(x, self.weight[...], self.scale[...])
+            y = int8_linear(x, self._weight, self.scale[...])
         else:
-            y = linear(x, self.weight[...], pad_single_row=self.pad_single_row)
+            y = linear(x, self._weight, pad_single_row=self.pad_single_row)
         return y if self.bias is None else y + self.bias[...]
+
+    def rows(self, ids: Int[Array, " n"]) -> Float[Array, "n in_"]:
+        """Float32 weights of the output channels `ids`: a table's vectors."""
+        w = self._weight
+        rows = (w.rows(ids) if isinstance(w, Panels) else w[ids]).astype(jnp.float32)
+        return rows if self.scale is None else rows * self.scale[...][ids][:, None]
+
+    @property
+    def _weight(self) -> Array | Panels:
+        w = self.weight[...]
+        return Panels(w, self.shape) if self.packed else w
 
 
 class RMSNorm(nnx.Module):

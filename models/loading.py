@@ -12,6 +12,7 @@ import numpy as np
 from kvjax.errors import CorruptWeights
 from kvjax.models.config import ModelConfig
 from kvjax.models.sharding import Sharding
+from kvjax.pallas_kernels import Panels, pack, packs
 
 WeightDtype = Literal["float32", "bfloat16", "int8"]
 WEIGHT_DTYPES: tuple[WeightDtype, ...] = ("float32", "bfloat16", "int8")
@@ -56,14 +57,22 @@ class Loader:
 
     def weight(
         self, w: np.ndarray, axes: tuple[str | None, ...]
-    ) -> tuple[jax.Array, jax.Array | None]:
-        """A matrix `[..., in]` in the weight dtype, and its scale per output channel if int8."""
+    ) -> tuple[jax.Array | Panels, jax.Array | None]:
+        """A matrix `[*out, in]` in the weight dtype, and its scale per output channel if int8.
+
+        It is packed where this machine has the kernel for that and no mesh splits it.
+        """
         if self.dtype != "int8":
-            return self.place(_cast(w, self.dtype), axes), None
+            return self._matrix(_cast(w, self.dtype), axes), None
         w = w.astype(np.float32)
         scale = np.maximum(np.abs(w).max(axis=-1), 1e-8) / 127
         quantised = np.rint(w / scale[..., None]).astype(np.int8)
-        return self.place(quantised, axes), self.place(scale, axes[:-1])
+        return self._matrix(quantised, axes), self.place(scale, axes[:-1])
+
+    def _matrix(self, w: np.ndarray, axes: tuple[str | None, ...]) -> jax.Array | Panels:
+        if self.sharding.mesh is None and packs():
+            return Panels(jnp.asarray(pack(w)), w.shape)
+        return self.place(w, axes)
 
     def vector(self, w: np.ndarray, axes: tuple[str | None, ...] = (None,)) -> jax.Array:
         """A bias, norm weight or table, always float32."""

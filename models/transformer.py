@@ -32,10 +32,7 @@ class Embedding(nnx.Module):
 
     def __call__(self, tokens: Int[Array, " tokens"]) -> Float[Array, "tokens hidden"]:
         """Float32 vectors of `tokens`."""
-        rows = self.table.weight[...][tokens].astype(jnp.float32)
-        if self.table.scale is not None:
-            rows = rows * self.table.scale[...][tokens][:, None]
-        return rows * self.multiplier
+        return self.table.rows(tokens) * self.multiplier
 
 
 class DecoderLayer(nnx.Module):

@@ -6,7 +6,7 @@ attends to the *indices* in `[visible_lo, visible_hi)` of its own sequence.
 """
 
 from kvjax.pallas_kernels.dispatch import OPERATIONS, Operation
-from kvjax.pallas_kernels.linear import int8_linear, linear, quantise_rows
+from kvjax.pallas_kernels.linear import Panels, int8_linear, linear, pack, packs, quantise_rows
 from kvjax.pallas_kernels.page_ops import (
     LayerPages,
     copy_pages,
@@ -21,11 +21,14 @@ __all__ = [
     "OPERATIONS",
     "LayerPages",
     "Operation",
+    "Panels",
     "copy_pages",
     "empty_pool",
     "gather_slots",
     "int8_linear",
     "linear",
+    "pack",
+    "packs",
     "paged_attention",
     "quantise_rows",
     "row_mean_square",

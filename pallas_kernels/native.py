@@ -17,10 +17,11 @@ from pathlib import Path
 
 import jax
 
-_COMPILERS = ("c++", "g++", "clang++")
+COMPILERS = ("c++", "g++", "clang++")
 _FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-ffp-contract=fast", "-w",
           "-fPIC", "-shared")  # fmt: skip
 _SECONDS = 120  # for one compilation
+_SHARED = Path(__file__).with_suffix(".h")  # what the sources include
 
 folder = Path.home() / ".cache" / "kvjax" / "native"  # of compiled files; an engine names its own
 
@@ -32,41 +33,61 @@ def register(source: Path, symbol: str) -> None:
     Raises:
       NotImplementedError: it cannot be compiled here; the message says why.
     """
-    handler = getattr(_library(source), symbol)
+    library = _outcome(source)
+    if isinstance(library, NotImplementedError):
+        raise NotImplementedError(str(library)) from library
+    handler = getattr(library, symbol)
     jax.ffi.register_ffi_target(symbol, jax.ffi.pycapsule(handler), platform="cpu")
 
 
 @functools.cache
+def _outcome(source: Path) -> ctypes.CDLL | NotImplementedError:
+    """The compiled file or why there is none: a compiler that fails is asked once."""
+    try:
+        return _library(source)
+    except NotImplementedError as why:
+        return why
+
+
 def _library(source: Path) -> ctypes.CDLL:
     """The compiled file. Two processes may compile it at once: the last one's file stays."""
-    compiler = next((path for name in _COMPILERS if (path := shutil.which(name))), None)
+    compiler = next((path for name in COMPILERS if (path := shutil.which(name))), None)
     if compiler is None:
-        raise NotImplementedError(f"cpu: no C++ compiler on PATH ({', '.join(_COMPILERS)})")
-    target = folder / f"{source.stem}-{_key(source, compiler)}.so"
-    if not target.exists():
-        try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
-                built = Path(scratch) / target.name
-                include = ("-I", jax.ffi.include_dir())
-                subprocess.run(
-                    [compiler, *_FLAGS, *include, str(source), "-o", str(built)],
-                    check=True, capture_output=True, text=True, timeout=_SECONDS,
-                )  # fmt: skip
-                built.replace(target)
-        except subprocess.CalledProcessError as error:
-            lines = [line for line in error.stderr.splitlines() if "error" in line]
-            why = (lines or error.stderr.splitlines() or ["no message"])[0]
-            raise NotImplementedError(f"cpu: {compiler} failed on {source.name}: {why}") from error
-        except (OSError, subprocess.TimeoutExpired) as error:
-            raise NotImplementedError(f"cpu: cannot compile {source.name}: {error}") from error
-    return ctypes.cdll.LoadLibrary(str(target))
+        raise NotImplementedError(f"cpu: no C++ compiler on PATH ({', '.join(COMPILERS)})")
+    try:
+        target = folder / f"{source.stem}-{_key(source, compiler)}.so"
+        if not target.exists():
+            _compile(source, compiler, target)
+    except subprocess.CalledProcessError as error:
+        told = (error.stderr or "").splitlines()
+        why = next((line for line in told if "error" in line), (told or ["no message"])[0])
+        raise NotImplementedError(f"cpu: {compiler} failed on {source.name}: {why}") from error
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise NotImplementedError(f"cpu: cannot compile {source.name}: {error}") from error
+    try:
+        return ctypes.cdll.LoadLibrary(str(target))
+    except OSError as error:
+        raise NotImplementedError(f"cpu: cannot load {source.name}: {error}") from error
+
+
+def _compile(source: Path, compiler: str, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+        built = Path(scratch) / target.name
+        include = ("-I", jax.ffi.include_dir(), "-I", str(_SHARED.parent))
+        subprocess.run(
+            [compiler, *_FLAGS, *include, str(source), "-o", str(built)],
+            check=True, capture_output=True, text=True, timeout=_SECONDS,
+        )  # fmt: skip
+        built.replace(target)
 
 
 def _key(source: Path, compiler: str) -> str:
     """Names what the machine code depends on: source, compiler, headers and processor."""
-    told = subprocess.run([compiler, "--version"], check=True, capture_output=True).stdout
-    digest = hashlib.sha256(source.read_bytes() + told)
+    told = subprocess.run(
+        [compiler, "--version"], check=True, capture_output=True, timeout=_SECONDS
+    ).stdout
+    digest = hashlib.sha256(source.read_bytes() + _SHARED.read_bytes() + told)
     for part in (*_FLAGS, version("jaxlib"), platform.machine(), _processor()):
         digest.update(part.encode() + b"\0")
     return digest.hexdigest()[:16]

@@ -7,11 +7,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kvjax.pallas_kernels import int8_linear, linear, quantise_rows
+from kvjax.pallas_kernels import Panels, int8_linear, linear, pack, packs, quantise_rows
 from tests.pallas_kernels.test_reductions import assert_rows_keep_their_bits
 
 COUNTS = (1, 2, 3, 7, 8, 16, 64, 256)
 SHAPES = [(576, 960), (1536, 576), (64, 192), (320, 48)]  # in, out
+needs_packing = pytest.mark.skipif(not packs(), reason="no C++ compiler: see test_native.py")
+FORMS = ["as it lies", pytest.param("packed", marks=needs_packing)]
+
+
+def formed(w: Any, form: str) -> Any:
+    return Panels(jnp.asarray(pack(np.asarray(w))), w.shape) if form == "packed" else w
 
 
 def weights(in_: int, out: int, dtype=np.float32):
@@ -23,24 +29,28 @@ def inputs(rows: int, in_: int) -> Any:
     return np.random.default_rng(2).standard_normal((rows, in_)).astype(np.float32)
 
 
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16], ids=["f32", "bf16"])
 @pytest.mark.parametrize(("in_", "out"), SHAPES)
-def test_a_row_keeps_its_bits_in_every_batch(in_, out, dtype):
-    w = weights(in_, out, dtype)
+def test_a_row_keeps_its_bits_in_every_batch(in_, out, dtype, form):
+    w = formed(weights(in_, out, dtype), form)
     assert_rows_keep_their_bits(lambda x: linear(x, w), inputs(512, in_), COUNTS)
 
 
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize(("in_", "out"), SHAPES[:2])
-def test_an_int8_row_keeps_its_bits_in_every_batch(in_, out):
+def test_an_int8_row_keeps_its_bits_in_every_batch(in_, out, form):
     w, scale = quantise_rows(weights(in_, out))
+    w = formed(w, form)
     assert_rows_keep_their_bits(lambda x: int8_linear(x, w, scale[:, 0]), inputs(512, in_), COUNTS)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(np.float32, 1e-5), (jnp.bfloat16, 1e-2)])
 @pytest.mark.parametrize("pad", [True, False])
-def test_linear_is_the_matrix_product_in_float32(dtype, tolerance, pad):
+@pytest.mark.parametrize("form", FORMS)
+def test_linear_is_the_matrix_product_in_float32(dtype, tolerance, pad, form):
     w, x = weights(64, 48, dtype), inputs(1, 64)
-    y = linear(x, w, pad_single_row=pad)
+    y = linear(x, formed(w, form), pad_single_row=pad)
     assert y.dtype == jnp.float32
     want = x.astype(np.float64) @ np.asarray(w, np.float64).T
     np.testing.assert_allclose(y, want, atol=3 * tolerance)
@@ -71,6 +81,56 @@ def test_quantised_rows_come_back_within_half_a_step():
     q, scale = quantise_rows(x)
     assert (q.dtype, scale.shape) == (jnp.int8, (5, 1))
     assert (np.abs(np.asarray(q) * np.asarray(scale) - x) <= 0.5001 * np.asarray(scale)).all()
+
+
+@needs_packing
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize(("in_", "out"), [(1, 1), (3, 31), (37, 33), (64, 32), (130, 100)])
+@pytest.mark.parametrize("rows", [1, 5, 12, 13, 30, 200])
+def test_packed_weights_of_any_size_give_the_product(rows, in_, out, kind):
+    x = inputs(rows, in_)
+    if kind == "int8":
+        w, scale = quantise_rows(weights(in_, out))
+        q, x_scale = quantise_rows(x)
+        want = (np.float64(q) * np.float64(x_scale)) @ (np.float64(w) * np.float64(scale)).T
+        y = int8_linear(x, formed(w, "packed"), scale[:, 0], backend="cpu")
+    else:
+        w = weights(in_, out, kind)
+        want = np.float64(jnp.asarray(x, kind)) @ np.float64(w).T
+        y = linear(x, formed(w, "packed"), backend="cpu")
+    assert y.shape == (rows, out)
+    np.testing.assert_allclose(y, want, atol=2e-5)
+
+
+@needs_packing
+@pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16, np.int8])
+def test_rows_of_packed_weights_are_the_rows_that_were_packed(dtype):
+    w = np.asarray(weights(37, 70) * 50).astype(dtype)
+    ids = np.array([0, 31, 32, 69, 5, 5], np.int32)
+    np.testing.assert_array_equal(formed(w, "packed").rows(ids), w[ids])
+
+
+@needs_packing
+@pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16, np.int8])
+def test_what_is_not_finite_stays_so_and_in_its_row(dtype):
+    w, scale = quantise_rows(weights(64, 48))
+    x = inputs(14, 64)
+    x[3, 5], x[9, 63] = np.nan, np.inf
+    if dtype == np.int8:
+        y = np.asarray(int8_linear(x, formed(w, "packed"), scale[:, 0]))
+    else:
+        y = np.asarray(linear(x, formed(weights(64, 48, dtype), "packed")))
+    bad = [3, 9]
+    assert not np.isfinite(y[bad]).any()
+    assert np.isfinite(np.delete(y, bad, axis=0)).all()
+
+
+def test_each_backend_refuses_the_other_form():
+    w, x = weights(64, 48), inputs(2, 64)
+    with pytest.raises(NotImplementedError, match="not packed"):
+        linear(x, w, backend="cpu")
+    with pytest.raises(NotImplementedError, match="packed for the cpu"):
+        linear(x, formed(w, "packed"), backend="xla")
 
 
 def test_a_single_row_is_doubled_only_where_asked():

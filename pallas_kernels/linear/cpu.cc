@@ -1,0 +1,267 @@
+// Products of few or many rows with packed weights on a CPU: XLA FFI handlers.
+//
+// Weights lie in panels of 32 output channels, so that a register kernel reads them as one stream:
+// word d of a channel is one float32, two bfloat16 or four int8 along the input, and a panel is
+// [words, 32]. Every output is one chain of multiply-adds over the input, whatever rows stand
+// beside it: a row's bits depend on nothing but the row.
+
+#include <algorithm>
+#include <vector>
+
+#include "native.h"
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
+
+namespace {
+
+using namespace kvjax;
+
+constexpr int kVectors = 2;                // vectors across a panel
+constexpr int kWidth = kLanes * kVectors;  // output channels of a panel
+constexpr int kRows = 12;                  // rows of a register kernel: 24 sums
+constexpr int kBlocks = 6;                 // blocks of rows that meet a panel while it is in cache
+constexpr int kTasks = 16;                 // at least, where the weights have as many panels
+constexpr float kRounder = 12582912.0f;    // 1.5 * 2^23: adding it rounds to whole numbers
+
+using Word = uint32_t;
+typedef uint32_t UIntVec __attribute__((vector_size(4 * kLanes)));
+typedef uint8_t ByteVec __attribute__((vector_size(kLanes)));
+
+// The kinds of weights: how sixteen words of a row of x are made, and one step of a chain. `scale` is
+// what the row was divided by.
+struct Float32 {
+  static constexpr int kPerWord = 1;
+  using Sum = Vec;
+
+  static float Scale(const float*, int64_t) { return 1; }
+
+  static IntVec Words(const float* x, float) { return Load<IntVec>(x); }
+
+  static Sum Step(Sum sum, Word x, const void* w) {
+    float f;
+    std::memcpy(&f, &x, sizeof f);
+    return sum + f * Load(w);
+  }
+};
+
+struct BFloat16 {
+  static constexpr int kPerWord = 2;
+  using Sum = Vec;
+
+  static float Scale(const float*, int64_t) { return 1; }
+
+  static IntVec Words(const float* x, float) {
+    const IntVec a = Rounded(Load(x)), b = Rounded(Load(x + kLanes));
+    const IntVec even = __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24,
+                                                26, 28, 30);
+    const IntVec odd = __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25,
+                                               27, 29, 31);
+    return even | odd << 16;
+  }
+
+  static IntVec Rounded(Vec x) {  // to nearest, ties to even
+    const UIntVec bits = (UIntVec)x;
+    const IntVec near = (IntVec)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+    return x != x ? IntVec{} + 0x7fc0 : near;
+  }
+
+  static Sum Step(Sum sum, Word x, const void* w) {
+#ifdef __AVX512BF16__
+    return (Vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(x),
+                                 (__m512bh)Load<__m512i>(w));
+#else
+    const IntVec pairs = Load<IntVec>(w);
+    const IntVec low = pairs << 16, high = pairs & static_cast<int32_t>(0xffff0000);
+    float x0, x1;
+    const Word low_x = x << 16, high_x = x & 0xffff0000;
+    std::memcpy(&x0, &low_x, sizeof x0);
+    std::memcpy(&x1, &high_x, sizeof x1);
+    return sum + x0 * (Vec)low + x1 * (Vec)high;
+#endif
+  }
+};
+
+struct Int8 {
+  static constexpr int kPerWord = 4;
+  using Sum = IntVec;
+
+  // The largest size is 127 steps. NaN makes NaN.
+  static float Scale(const float* x, int64_t width) {
+    Vec tops = {};
+    for (int64_t i = 0; i < width; i += kLanes) {
+      const Vec v = Numbers(x + i, width - i), size = v < 0 ? -v : v;
+      tops = (size > tops) | (size != size) ? size : tops;
+    }
+    float top = 1e-8f;
+    for (int i = 0; i < kLanes; ++i) top = tops[i] > top || tops[i] != tops[i] ? tops[i] : top;
+    return top / 127;
+  }
+
+  // Steps, rounded, with 128 added: unsigned bytes.
+  static IntVec Words(const float* x, float scale) {
+    uint8_t bytes[4 * kLanes];
+    for (int i = 0; i < 4 * kLanes; i += kLanes) {
+      const Vec steps = Load(x + i) / scale + kRounder - kRounder;
+      const IntVec near = __builtin_convertvector(steps, IntVec);
+      Store(bytes + i, __builtin_convertvector(near + 128, ByteVec));
+    }
+    return Load<IntVec>(bytes);
+  }
+
+  static Sum Step(Sum sum, Word x, const void* w) {
+#ifdef __AVX512VNNI__
+    return (IntVec)_mm512_dpbusd_epi32((__m512i)sum, _mm512_set1_epi32(x), Load<__m512i>(w));
+#else
+    const IntVec bytes = Load<IntVec>(w);
+    for (int i = 0; i < 4; ++i)
+      sum += (bytes << (24 - 8 * i) >> 24) * static_cast<int32_t>(x >> (8 * i) & 0xff);
+    return sum;
+#endif
+  }
+};
+
+struct Shape {
+  int64_t rows, in, out, words;
+};
+
+// What the 128 in every byte of x adds to the sums of a panel.
+inline void Excess(const char* panel, int64_t words, IntVec* sums) {
+  for (int v = 0; v < kVectors; ++v) sums[v] = IntVec{};
+  for (int64_t i = 0; i < words * kVectors; ++i)
+    sums[i % kVectors] = Int8::Step(sums[i % kVectors], 0x80808080, panel + i * sizeof(Vec));
+}
+
+// R interleaved rows of words times one panel.
+template <typename Kind, int R>
+void Block(const Word* x, const char* panel, int64_t words, typename Kind::Sum* sums) {
+  typename Kind::Sum sum[R][kVectors] = {};
+  for (int64_t d = 0; d < words; ++d) {
+    for (int r = 0; r < R; ++r)
+      for (int v = 0; v < kVectors; ++v)
+        sum[r][v] = Kind::Step(sum[r][v], x[d * R + r], panel + (d * kVectors + v) * sizeof(Vec));
+  }
+  for (int r = 0; r < R; ++r)
+    for (int v = 0; v < kVectors; ++v) sums[r * kVectors + v] = sum[r][v];
+}
+
+template <typename Kind, int R = kRows>
+void AnyBlock(int rows, const Word* x, const char* panel, int64_t words, typename Kind::Sum* sums) {
+  if constexpr (R > 1) {
+    if (rows < R) return AnyBlock<Kind, R - 1>(rows, x, panel, words, sums);
+  }
+  Block<Kind, R>(x, panel, words, sums);
+}
+
+// Rows of x as words, those of a block interleaved: what the register kernel reads is one stream.
+template <typename Kind>
+void Prepare(const float* x, int rows, Shape s, Word* words, float* scales) {
+  constexpr int kNumbers = kLanes * Kind::kPerWord;
+  for (int r = 0; r < rows; ++r) {
+    const float* row = x + r * s.in;
+    scales[r] = Kind::Scale(row, s.in);
+    for (int64_t d = 0; d < s.words; d += kLanes) {
+      const int64_t left = s.in - d * Kind::kPerWord;
+      float padded[kNumbers] = {};
+      if (left < kNumbers) std::memcpy(padded, row + d * Kind::kPerWord, left * sizeof(float));
+      const IntVec made =
+          Kind::Words(left < kNumbers ? padded : row + d * Kind::kPerWord, scales[r]);
+      const int count = static_cast<int>(std::min<int64_t>(kLanes, s.words - d));
+      for (int i = 0; i < count; ++i) words[(d + i) * rows + r] = made[i];
+    }
+  }
+}
+
+// `finish(sum, first, scale)` turns the sums of channels from `first` on to float32.
+template <typename Kind, typename Finish>
+void Multiply(ffi::ThreadPool& pool, const float* x, const void* panels, float* out, Shape s,
+              Finish finish) {
+  thread_local std::vector<Word> all_words;
+  thread_local std::vector<float> all_scales;
+  all_words.resize(s.rows * s.words);
+  all_scales.resize(s.rows);
+  Word* words = all_words.data();  // of this thread, and read by the others until all are done
+  float* scales = all_scales.data();
+
+  const int64_t blocks = RoundUp(s.rows, kRows) / kRows;
+  const int64_t block = RoundUp(s.rows, blocks) / blocks;  // rows of each, but for the last
+  Parallel(pool, blocks, [=](int64_t b) {
+    const int64_t from = b * block, rows = std::min(block, s.rows - from);
+    Prepare<Kind>(x + from * s.in, rows, s, words + from * s.words, scales + from);
+  });
+
+  const int64_t num_panels = RoundUp(s.out, kWidth) / kWidth;
+  const int64_t chunks = RoundUp(blocks, kBlocks) / kBlocks;
+  const int64_t groups = std::min(num_panels, RoundUp(kTasks, chunks) / chunks);
+  Parallel(pool, chunks * groups, [=](int64_t task) {
+    const int64_t g = task % groups, first = task / groups * kBlocks;
+    for (int64_t p = num_panels * g / groups; p < num_panels * (g + 1) / groups; ++p) {
+      const char* panel = static_cast<const char*>(panels) + p * s.words * kVectors * sizeof(Vec);
+      typename Kind::Sum excess[kVectors] = {};
+      if constexpr (Kind::kPerWord == 4) Excess(panel, s.words, excess);
+      for (int64_t b = first; b < std::min(first + kBlocks, blocks); ++b) {
+        const int64_t from = b * block, rows = std::min(block, s.rows - from);
+        typename Kind::Sum sums[kRows * kVectors];
+        AnyBlock<Kind>(rows, words + from * s.words, panel, s.words, sums);
+        for (int r = 0; r < rows; ++r) {
+          for (int v = 0; v < kVectors; ++v) {
+            const int64_t at = p * kWidth + v * kLanes;
+            const int64_t count = std::min<int64_t>(kLanes, s.out - at);
+            if (count <= 0) continue;  // padding of the last panel
+            const Vec y = finish(sums[r * kVectors + v] - excess[v], at, scales[from + r]);
+            std::memcpy(out + (from + r) * s.out + at, &y, count * sizeof(float));
+          }
+        }
+      }
+    }
+  });
+}
+
+template <typename Kind>
+Shape ShapeOf(const ffi::Buffer<ffi::F32>& x, ffi::ResultBuffer<ffi::F32>& out) {
+  const int64_t in = x.dimensions()[1];
+  return {x.dimensions()[0], in, out->dimensions()[1], RoundUp(in, Kind::kPerWord) / Kind::kPerWord};
+}
+
+ffi::Error Linear(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::AnyBuffer panels,
+                  ffi::ResultBuffer<ffi::F32> out) {
+  const auto same = [](Vec sum, int64_t, float) { return sum; };
+  if (panels.element_type() == ffi::F32)
+    Multiply<Float32>(pool, x.typed_data(), panels.untyped_data(), out->typed_data(),
+                      ShapeOf<Float32>(x, out), same);
+  else if (panels.element_type() == ffi::BF16)
+    Multiply<BFloat16>(pool, x.typed_data(), panels.untyped_data(), out->typed_data(),
+                       ShapeOf<BFloat16>(x, out), same);
+  else
+    return ffi::Error(ffi::ErrorCode::kInvalidArgument, "weights must be float32 or bfloat16");
+  return ffi::Error::Success();
+}
+
+ffi::Error Int8Linear(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::S8> panels,
+                      ffi::Buffer<ffi::F32> scales, ffi::ResultBuffer<ffi::F32> out) {
+  const float* w_scales = scales.typed_data();
+  const int64_t count = scales.element_count();
+  Multiply<Int8>(pool, x.typed_data(), panels.untyped_data(), out->typed_data(),
+                 ShapeOf<Int8>(x, out), [=](IntVec sum, int64_t first, float scale) {
+                   return __builtin_convertvector(sum, Vec) * scale *
+                          Numbers(w_scales + first, count - first);
+                 });
+  return ffi::Error::Success();
+}
+
+}  // namespace
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(kvjax_linear, Linear,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Ret<ffi::Buffer<ffi::F32>>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(kvjax_int8_linear, Int8Linear,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::S8>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Ret<ffi::Buffer<ffi::F32>>());
