@@ -13,6 +13,8 @@ from kvjax.sequence import Request, Sequence, Status
 class Branch:
     """Tokens whose KV is kept on the device until the branch is closed. Made by `LLM.open`.
 
+    One that nobody refers to any more counts as closed.
+
     Forking costs no device work and copies nothing; a shared partial page is copied when one of
     the branches writes to it.
     """
@@ -78,6 +80,10 @@ class Branch:
         if not self._closed:
             self._closed = True
             self._engine.discard(self._sequence)
+
+    def __del__(self) -> None:
+        if not self._closed:
+            self._engine.abandon(self._sequence)
 
     def _usable(self) -> Sequence:
         if self._closed:
