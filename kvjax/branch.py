@@ -61,9 +61,11 @@ class Branch:
             branches.append(Branch(self._engine, self._intake, child, self._salt))
         return branches
 
-    def request(self, params: SamplingParams) -> Request:
-        """The request that continues this branch. It stays in the branch's `cache_salt`."""
+    def request(self, params: SamplingParams, engine: Engine) -> Request:
+        """What `engine` continues this branch by. It stays in the branch's `cache_salt`."""
         sequence = self._usable()
+        if engine is not self._engine:
+            raise ValueError("a branch runs on the LLM that opened it: its KV is there")
         if params.n != 1:
             raise ValueError(f"a branch runs with n=1, got n={params.n}: fork it instead")
         if params.prompt_logprobs is not None:

@@ -137,7 +137,7 @@ class LLM:
             params = [dataclasses.replace(p, branch=p.branch + i) for i, p in enumerate(params)]
         if len({id(branch) for branch in branches}) != len(branches):
             raise ValueError("a branch cannot be run twice at once: fork it")
-        requests = [b.request(p) for b, p in zip(branches, params, strict=True)]
+        requests = [b.request(p, self.engine) for b, p in zip(branches, params, strict=True)]
         for _ in self._run(requests):
             pass
         return [self._intake.output(request) for request in requests]

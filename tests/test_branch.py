@@ -136,6 +136,8 @@ def test_what_a_branch_cannot_do_is_refused_and_leaves_it_usable(llm):
                 branch.append(ids)
         with pytest.raises(ValueError, match="twice"):
             llm.run([branch, branch], GREEDY)
+        with pytest.raises(ValueError, match="the LLM that opened it"):
+            tiny(LLM, fresh=True).run([branch], GREEDY)
         with pytest.raises(ValueError, match="at least 1"):
             branch.fork(0)
         assert branch.token_ids == before
