@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Iterable, Iterator, Mapping
 from collections.abc import Sequence as Seq
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -196,6 +197,6 @@ def _is_one(prompts: Any) -> bool:
     if isinstance(prompts, str | Mapping):
         return True
     return bool(
-        isinstance(prompts, Seq) and prompts and isinstance(prompts[0], int | Mapping)
+        isinstance(prompts, Seq) and prompts and isinstance(prompts[0], Integral | Mapping)
         and not (isinstance(prompts[0], Mapping) and "role" not in prompts[0])
     )  # fmt: skip
