@@ -71,7 +71,6 @@ def build(model: str | Path, config: EngineConfig, mesh: Mesh | None = None) -> 
         end_token_ids=ends,
         max_model_len=max_model_len,
         max_prompt_tokens=num_pages * config.page_size,
-        max_num_seqs=config.max_num_seqs,
         seed=config.seed,
         clock=time.monotonic,
     )

@@ -31,14 +31,12 @@ class Intake:
         end_token_ids: tuple[int, ...],
         max_model_len: int,
         max_prompt_tokens: int,
-        max_num_seqs: int,
         seed: int | None,
         clock: Callable[[], float],
     ) -> None:
         self.tokenizer, self.clock = tokenizer, clock
         self.vocab_size, self.end_token_ids = vocab_size, end_token_ids
         self.max_model_len, self.max_prompt_tokens = max_model_len, max_prompt_tokens
-        self.max_num_seqs = max_num_seqs
         self._arrivals = itertools.count()
         self._random = None if seed is None else random.Random(seed)
 

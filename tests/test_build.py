@@ -25,7 +25,7 @@ def config(**settings) -> EngineConfig:
     ("settings", "said"),
     [
         ({"kv_cache_memory": PAGE_BYTES - 1}, f"at least {PAGE_BYTES} bytes"),
-        ({"kv_cache_memory": host_memory() + 1}, f"{host_memory() + 1} exceeds the {host_memory()}"),
+        ({"kv_cache_memory": host_memory() + 1}, f"exceeds the {host_memory()} bytes"),
         ({"max_model_len": 513}, "513 exceeds the model's context of 512"),
         ({"eviction_policy": "mru"}, "lru"),
     ],
