@@ -220,6 +220,9 @@ def test_ends_come_from_tokenizer_then_generation_then_model_config(tmp_path):
     assert load(folder).bos_token_id == 0
     (folder / "tokenizer_config.json").write_text('{"bos_token": null}')
     assert load(folder).bos_token_id is None
+    (folder / "generation_config.json").write_text('{"eos_token_id": "</s>"}')
+    with pytest.raises(TokenizerNotFound, match="eos_token_id must be an id"):
+        load(folder)
 
 
 def test_chat_templates_are_found_wherever_they_lie(tmp_path):
