@@ -99,7 +99,7 @@ class Intake:
             branched.finish_reason = branched.stop_reason = None
             if samples:
                 stops = (*ends, *(params.stop_token_ids or ()))
-                branched.text = TextStream(self.tokenizer, params, stops)
+                branched.text = TextStream(self.tokenizer, params, stops, prompt_ids=ids)
             branched.logprobs = [] if params.logprobs is not None else None
             branched.cumulative_logprob = 0.0
             request.sequences.append(branched)

@@ -165,8 +165,8 @@ def test_random_weights_have_the_names_and_shapes_of_the_checkpoint(family: str,
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"num_attention_heads": "4"}, "malformed"),
-        ({"num_attention_heads": 0}, "malformed"),
+        ({"num_attention_heads": "4", "head_dim": None}, "malformed"),
+        ({"num_attention_heads": 0, "head_dim": None}, "malformed"),
         ({"rope_scaling": "linear", "rope_parameters": None}, "malformed"),
         ({"num_hidden_layers": 2.5}, r"num_layers must be an integer of at least 1, got 2\.5"),
         ({"vocab_size": None}, "vocab_size must be an integer of at least 1, got None"),

@@ -10,7 +10,7 @@ import pytest
 import safetensors.numpy
 import sentencepiece
 import tokenizers
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors, trainers
 
@@ -19,6 +19,8 @@ from kvjax.models.checkpoint import open_checkpoint
 from kvjax.models.tokenizers import TOKENIZERS, IncrementalDecoder, Tokenizer, load_tokenizer
 from kvjax.models.tokenizers.gguf import build
 from kvjax.models.tokenizers.huggingface import HuggingFaceTokenizer
+from kvjax.request import SamplingParams
+from kvjax.text import TextStream
 
 CORPUS = [
     "The quick brown fox jumps over the lazy dog, twice in 2024.",
@@ -160,6 +162,22 @@ def check_incremental(tokenizer: Tokenizer, ids: list[int], skip: bool) -> None:
 @given(ids=st.lists(st.integers(0, 420), max_size=30), skip=st.booleans())
 def test_pieces_concatenate_to_the_whole(every_kind, kind, ids, skip):
     check_incremental(every_kind[kind], ids, skip)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@settings(deadline=None, max_examples=60)
+@given(prompt=TEXT, ids=st.lists(st.integers(0, 420), max_size=12), skip=st.booleans())
+@example(prompt="The sky is", ids=[], skip=True)
+def test_a_prompt_and_the_text_that_continues_it_concatenate(every_kind, kind, prompt, ids, skip):
+    """With a vocabulary like Llama 2's, too, whose decoder drops the first space of a text."""
+    tokenizer = every_kind[kind]
+    prompt_ids = tokenizer.encode(prompt)
+    ids = ids or tokenizer.encode("blue", add_special_tokens=False)
+    stream = TextStream(tokenizer, SamplingParams(skip_special_tokens=skip), prompt_ids=prompt_ids)
+    for place, token_id in enumerate(ids, start=1):
+        stream.push(token_id, last=place == len(ids))
+    whole = tokenizer.decode([*prompt_ids, *ids], skip)
+    assert tokenizer.decode(prompt_ids, skip) + stream.text == whole
 
 
 @pytest.mark.parametrize("kind", KINDS)
