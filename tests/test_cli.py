@@ -133,6 +133,8 @@ def test_info_names_every_operation_and_models_every_family(capsys):
     told = capsys.readouterr().out
     assert "chosen" in told
     assert all(name in told for name in OPERATIONS)
+    assert "compiled programs" in told
+    assert "compiled kernels" in told
     assert main(["models"]) == 0
     told = capsys.readouterr().out
     assert all(name in told for name in (*FAMILIES, "smollm2-135m", "orbax", "sentencepiece"))
