@@ -1,6 +1,7 @@
 """`AsyncLLM`: the engine in a thread of its own, streams of outputs in front of it."""
 
 import asyncio
+import atexit
 import collections
 import contextlib
 import dataclasses
@@ -82,6 +83,7 @@ class AsyncLLM:
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._loop, name="kvjax-engine", daemon=True)
         self._thread.start()
+        atexit.register(self.shutdown)  # the interpreter must not go away under a step
 
     async def generate(
         self,
@@ -152,6 +154,7 @@ class AsyncLLM:
             self._stopping = True
             self._wake.notify()
         self._thread.join()
+        atexit.unregister(self.shutdown)
 
     # ---- engine thread ----------------------------------------------------------------------
 

@@ -13,6 +13,8 @@ from kvjax.sequence import Request, Sequence, Status
 class Branch:
     """Tokens whose KV is kept on the device until the branch is closed. Made by `LLM.open`.
 
+    One that nobody refers to any more counts as closed.
+
     Forking costs no device work and copies nothing; a shared partial page is copied when one of
     the branches writes to it.
     """
@@ -59,9 +61,11 @@ class Branch:
             branches.append(Branch(self._engine, self._intake, child, self._salt))
         return branches
 
-    def request(self, params: SamplingParams) -> Request:
-        """The request that continues this branch. It stays in the branch's `cache_salt`."""
+    def request(self, params: SamplingParams, engine: Engine) -> Request:
+        """What `engine` continues this branch by. It stays in the branch's `cache_salt`."""
         sequence = self._usable()
+        if engine is not self._engine:
+            raise ValueError("a branch runs on the LLM that opened it: its KV is there")
         if params.n != 1:
             raise ValueError(f"a branch runs with n=1, got n={params.n}: fork it instead")
         if params.prompt_logprobs is not None:
@@ -78,6 +82,10 @@ class Branch:
         if not self._closed:
             self._closed = True
             self._engine.discard(self._sequence)
+
+    def __del__(self) -> None:
+        if not self._closed:
+            self._engine.abandon(self._sequence)
 
     def _usable(self) -> Sequence:
         if self._closed:

@@ -71,7 +71,6 @@ def build(model: str | Path, config: EngineConfig, mesh: Mesh | None = None) -> 
         end_token_ids=ends,
         max_model_len=max_model_len,
         max_prompt_tokens=num_pages * config.page_size,
-        max_num_seqs=config.max_num_seqs,
         seed=config.seed,
         clock=time.monotonic,
     )
@@ -98,6 +97,11 @@ def _num_pages(spec: KVSpec, config: EngineConfig, max_model_len: int) -> int:
     """Pages that the memory allows; never more than every sequence at full length needs."""
     wanted = config.max_num_seqs * -(-max_model_len // spec.page_size) + config.max_num_seqs
     if config.kv_cache_memory is not None:
+        if jax.default_backend() == "cpu" and config.kv_cache_memory > host_memory():
+            raise ValueError(
+                f"kv_cache_memory={config.kv_cache_memory} exceeds the {host_memory()} bytes that "
+                f"this machine has"
+            )
         pages = config.kv_cache_memory // spec.page_bytes
     else:
         pages = min(wanted, _free_memory(config.memory_utilization) // spec.page_bytes)

@@ -58,8 +58,14 @@ class EngineConfig:
             )
         if self.dtype not in ("float32", "bfloat16", "int8"):
             raise ValueError(f"dtype must be float32, bfloat16 or int8, got {self.dtype!r}")
-        if not 0 < self.memory_utilization <= 1:
-            raise ValueError(f"memory_utilization must be in (0, 1], got {self.memory_utilization}")
+        share = self.memory_utilization
+        if not isinstance(share, int | float) or not 0 < share <= 1:
+            raise ValueError(f"memory_utilization must be a number in (0, 1], got {share!r}")
+        for name in ("enable_prefix_caching", "deterministic", "overlap", "compilation_cache"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
+        if self.seed is not None and not isinstance(self.seed, int):
+            raise ValueError(f"seed must be an integer or None, got {self.seed!r}")
 
     def replaced(self, settings: Mapping[str, Any]) -> "EngineConfig":
         """A copy with some fields changed. Raises `ValueError` for a name that is no field."""

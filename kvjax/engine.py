@@ -8,6 +8,7 @@ from there. What a sequence must stop at is therefore seen one step late; the ex
 discarded, and its slot never enters the prefix tree.
 """
 
+import collections
 import time
 from collections.abc import Callable, Iterable
 
@@ -66,6 +67,7 @@ class Engine:
         self._decode_token = decode_token
         self._in_flight: Dispatched | None = None
         self._parked: set[Sequence] = set()
+        self._abandoned: collections.deque[Sequence] = collections.deque()
         self._ended: set[Sequence] = set()  # over, but the step in flight still computes for them
         self._suspects = Suspects()
         self._failed: list[Request] = []
@@ -88,6 +90,14 @@ class Engine:
         self._parked.discard(sequence)
         self.scheduler.release(sequence)
 
+    def abandon(self, sequence: Sequence) -> None:
+        """`discard` for the garbage collector, which may run anywhere: done when pages count."""
+        self._abandoned.append(sequence)
+
+    def _discard_abandoned(self) -> None:
+        while self._abandoned:
+            self.discard(self._abandoned.popleft())
+
     def park(self, sequence: Sequence, parent: Sequence) -> None:
         """Makes `sequence` a parked fork of the parked `parent`: they share its pages."""
         self.scheduler.fork(parent, sequence)
@@ -103,6 +113,7 @@ class Engine:
 
     def step(self) -> list[Request]:
         """Plans and dispatches a step, commits the one before; the requests that made progress."""
+        self._discard_abandoned()
         touched = {id(r): r for r in self._take_failed()}
         previous, self._in_flight = self._in_flight, None
         dispatching: StepPlan | None = None
@@ -268,11 +279,13 @@ class Engine:
 
     def reset_prefix_cache(self) -> int:
         """Forgets every cached prefix; the number of pages freed. Who uses one keeps its pages."""
+        self._discard_abandoned()
         tree = self.scheduler.tree
         return 0 if tree is None else tree.reset()
 
     def check_integrity(self) -> None:
         """Asserts that host bookkeeping is consistent, and that nothing leaked when idle."""
+        self._discard_abandoned()
         self.scheduler.check_integrity()
         if not self.has_work:
             tree, pool = self.scheduler.tree, self.scheduler.pool

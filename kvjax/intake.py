@@ -31,14 +31,12 @@ class Intake:
         end_token_ids: tuple[int, ...],
         max_model_len: int,
         max_prompt_tokens: int,
-        max_num_seqs: int,
         seed: int | None,
         clock: Callable[[], float],
     ) -> None:
         self.tokenizer, self.clock = tokenizer, clock
         self.vocab_size, self.end_token_ids = vocab_size, end_token_ids
         self.max_model_len, self.max_prompt_tokens = max_model_len, max_prompt_tokens
-        self.max_num_seqs = max_num_seqs
         self._arrivals = itertools.count()
         self._random = None if seed is None else random.Random(seed)
 
@@ -57,7 +55,8 @@ class Intake:
         Raises:
           ValueError: the prompt is empty or holds ids outside the vocabulary, or a parameter does
             not fit the model.
-          PromptTooLong: the prompt and one token do not fit the context or the page pool.
+          PromptTooLong: the prompt and one token do not fit the context, or the prompt does not
+            fit the page pool.
         """
         text, ids = self.tokens(prompt)
         if text is not None:
@@ -100,7 +99,7 @@ class Intake:
             branched.finish_reason = branched.stop_reason = None
             if samples:
                 stops = (*ends, *(params.stop_token_ids or ()))
-                branched.text = TextStream(self.tokenizer, params, stops)
+                branched.text = TextStream(self.tokenizer, params, stops, prompt_ids=ids)
             branched.logprobs = [] if params.logprobs is not None else None
             branched.cumulative_logprob = 0.0
             request.sequences.append(branched)
@@ -114,9 +113,12 @@ class Intake:
                 raise ValueError("prompt must not be empty, got ''")
             return prompt, self.tokenizer.encode(prompt)
         if isinstance(prompt, Mapping):
-            for key in ("prompt_token_ids", "prompt", "messages"):
-                if key in prompt:
-                    return self.tokens(prompt[key])
+            if "prompt_token_ids" in prompt:
+                return None, self.checked_ids(prompt["prompt_token_ids"])
+            if "prompt" in prompt:
+                return self.tokens(prompt["prompt"])
+            if "messages" in prompt:
+                return self._chat(prompt["messages"])
             raise ValueError(
                 f"a prompt mapping needs 'prompt', 'prompt_token_ids' or 'messages', got "
                 f"{sorted(map(str, prompt))}"
@@ -126,12 +128,18 @@ class Intake:
                 f"a prompt is text, token ids or messages, got {type(prompt).__name__}"
             )
         if prompt and all(isinstance(item, Mapping) for item in prompt):
-            text = render_chat(self.tokenizer, list(prompt))  # type: ignore[arg-type]
-            return text, self.tokenizer.encode(text, add_special_tokens=False)
+            return self._chat(prompt)
         return None, self.checked_ids(prompt)
+
+    def _chat(self, messages: Any) -> tuple[str, list[int]]:
+        """Text and ids of a conversation, ready for the answer."""
+        text = render_chat(self.tokenizer, messages)
+        return text, self.tokenizer.encode(text, add_special_tokens=False)
 
     def checked_ids(self, ids: Iterable[Any]) -> list[int]:
         """`ids` as a list. Raises `ValueError` for what is no integer or not in the vocabulary."""
+        if isinstance(ids, str | bytes) or not isinstance(ids, Iterable):
+            raise ValueError(f"token ids are a list of integers, got {type(ids).__name__}")
         ids = list(ids)
         if not all(isinstance(i, numbers.Integral) and not isinstance(i, bool) for i in ids):
             raise ValueError(f"token ids must be integers, got {ids[:8]!r}")
@@ -151,7 +159,7 @@ class Intake:
                 f"the prompt has {len(ids)} tokens; with one to generate, max_model_len="
                 f"{self.max_model_len} allows {self.max_model_len - 1}"
             )
-        if len(ids) >= self.max_prompt_tokens:
+        if len(ids) > self.max_prompt_tokens:
             raise PromptTooLong(
                 f"the prompt has {len(ids)} tokens; the KV cache holds {self.max_prompt_tokens}"
             )

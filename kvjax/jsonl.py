@@ -14,7 +14,7 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NoReturn
 
 from kvjax.intake import Prompt
 from kvjax.request import CompletionOutput, Logprob, RequestOutput, SamplingParams
@@ -68,9 +68,9 @@ def parse_json(line: Line, defaults: SamplingParams) -> Job:
     is wrong with it.
     """
     try:
-        fields = json.loads(_decoded(line))
+        fields = json.loads(_decoded(line), parse_constant=_no_constant)
     except json.JSONDecodeError as error:
-        raise ValueError(f"not JSON: {error.msg} at column {error.colno}") from error
+        raise ValueError(f"not JSON: {error.msg} (column {error.colno})") from error
     except RecursionError:
         raise ValueError("not JSON: nested too deeply") from None
     if not isinstance(fields, dict):
@@ -87,7 +87,7 @@ def parse_json(line: Line, defaults: SamplingParams) -> Job:
 def id_of(line: Line) -> Any:
     """The "id" of a line that may be wrong otherwise; None if it has none that can be read."""
     try:
-        return json.loads(line.data)["id"]
+        return json.loads(line.data, parse_constant=_no_constant)["id"]
     except (ValueError, TypeError, KeyError, IndexError, RecursionError):
         return None
 
@@ -95,6 +95,11 @@ def id_of(line: Line) -> Any:
 def looks_like_json(line: Line) -> bool:
     """Whether a first line of unknown kind is meant as JSONL."""
     return line.data.lstrip().startswith(b"{")
+
+
+def _no_constant(name: str) -> NoReturn:
+    """JSON has no NaN and no infinity; Python reads them, and would write them back."""
+    raise ValueError(f"not JSON: {name}")
 
 
 def _decoded(line: Line) -> str:

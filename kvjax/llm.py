@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Iterable, Iterator, Mapping
 from collections.abc import Sequence as Seq
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -137,7 +138,7 @@ class LLM:
             params = [dataclasses.replace(p, branch=p.branch + i) for i, p in enumerate(params)]
         if len({id(branch) for branch in branches}) != len(branches):
             raise ValueError("a branch cannot be run twice at once: fork it")
-        requests = [b.request(p) for b, p in zip(branches, params, strict=True)]
+        requests = [b.request(p, self.engine) for b, p in zip(branches, params, strict=True)]
         for _ in self._run(requests):
             pass
         return [self._intake.output(request) for request in requests]
@@ -196,6 +197,6 @@ def _is_one(prompts: Any) -> bool:
     if isinstance(prompts, str | Mapping):
         return True
     return bool(
-        isinstance(prompts, Seq) and prompts and isinstance(prompts[0], int | Mapping)
+        isinstance(prompts, Seq) and prompts and isinstance(prompts[0], Integral | Mapping)
         and not (isinstance(prompts[0], Mapping) and "role" not in prompts[0])
     )  # fmt: skip

@@ -7,7 +7,9 @@ from kvjax.request import SamplingParams
 
 
 class TextStream:
-    """Decodes one sequence's output. A stop string may span tokens; it ends the text.
+    """Decodes one sequence's output, so that prompt and text concatenate to the whole.
+
+    A stop string may span tokens; it ends the text.
 
     `shown` is what a stream may print: it holds back an unfinished character and any tail that
     could still grow into a stop string. A token of `end_ids` ends the text without being part of
@@ -15,9 +17,17 @@ class TextStream:
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, params: SamplingParams, end_ids: Iterable[int] = ()
+        self,
+        tokenizer: Tokenizer,
+        params: SamplingParams,
+        end_ids: Iterable[int] = (),
+        *,
+        prompt_ids: Iterable[int] = (),
     ) -> None:
-        self._decoder = IncrementalDecoder(tokenizer, params.skip_special_tokens)
+        skips = params.skip_special_tokens
+        skipped = tokenizer.special_ids if skips else ()
+        continues = any(tokenizer.token_bytes(i) for i in prompt_ids if i not in skipped)
+        self._decoder = IncrementalDecoder(tokenizer, skips, continues=continues)
         self._end_ids = frozenset(end_ids)
         self._stops: tuple[str, ...] = tuple(params.stop or ())
         self._keeps_stop = params.include_stop_str_in_output

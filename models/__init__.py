@@ -73,6 +73,8 @@ def model_config(hf: dict[str, Any]) -> ModelConfig:
         return FAMILIES[model_type].config(hf)
     except KeyError as missing:
         raise UnsupportedModel(f"the {model_type} configuration has no {missing}") from None
+    except (TypeError, AttributeError, ArithmeticError) as error:  # a number that is none
+        raise UnsupportedModel(f"the {model_type} configuration is malformed: {error}") from error
 
 
 def load_model(

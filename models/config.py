@@ -79,8 +79,14 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         for name in _POSITIVE:
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
+        if not isinstance(self.norm_eps, int | float) or self.norm_eps < 0:
+            raise ValueError(f"norm_eps must be a number of at least 0, got {self.norm_eps!r}")
+        for token_id in (self.bos_token_id, *self.eos_token_ids):
+            if token_id is not None and not isinstance(token_id, int):
+                raise ValueError(f"bos and eos token ids must be integers, got {token_id!r}")
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"num_heads={self.num_heads} must be a multiple of num_kv_heads={self.num_kv_heads}"

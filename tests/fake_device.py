@@ -270,7 +270,6 @@ def make_engine(
         end_token_ids=(END,),
         max_model_len=max_model_len,
         max_prompt_tokens=num_pages * PAGE,
-        max_num_seqs=max_num_seqs,
         seed=0,
         clock=lambda: float(next(ticks)),
     )

@@ -2,6 +2,8 @@
 
 import asyncio
 import functools
+import subprocess
+import sys
 import threading
 from collections.abc import Awaitable, Callable, Iterator
 from typing import Any
@@ -158,6 +160,23 @@ async def test_shutdown_closes_streams_and_refuses_requests(llm):
         with pytest.raises(KVJaxError, match="shut down"):
             await late
     llm.shutdown()
+
+
+LEAVES = """
+import atexit
+from kvjax import AsyncLLM
+from tests.tiny_model import tiny
+
+atexit.register(lambda: print("alive" if llm._thread.is_alive() else "over"))  # the last to run
+llm = tiny(AsyncLLM, fresh=True)
+"""
+
+
+def test_a_program_that_ends_without_shutdown_ends_the_thread_first():
+    """A thread that is inside XLA when the interpreter goes away aborts the process."""
+    command = [sys.executable, "-c", LEAVES]
+    left = subprocess.run(command, capture_output=True, text=True, timeout=90)
+    assert (left.stdout, left.returncode) == ("over\n", 0), left.stderr
 
 
 @within(60)

@@ -1,5 +1,6 @@
 """Sequences that outlive their request: opened, forked, appended to, run, closed."""
 
+import gc
 from collections.abc import Iterator
 
 import pytest
@@ -135,11 +136,26 @@ def test_what_a_branch_cannot_do_is_refused_and_leaves_it_usable(llm):
                 branch.append(ids)
         with pytest.raises(ValueError, match="twice"):
             llm.run([branch, branch], GREEDY)
+        with pytest.raises(ValueError, match="the LLM that opened it"):
+            tiny(LLM, fresh=True).run([branch], GREEDY)
         with pytest.raises(ValueError, match="at least 1"):
             branch.fork(0)
         assert branch.token_ids == before
         assert isinstance(branch, Branch)
         assert llm.run([branch], GREEDY)[0].error is None
+
+
+def test_branches_that_nobody_refers_to_give_their_pages_back(llm):
+    """As in the README: the root is closed by its `with`, its forks are just dropped."""
+    with llm.open(PROMPT) as root:
+        branches = root.fork(2)
+        llm.run(branches, GREEDY)
+        llm.run(root.fork(2), GREEDY)
+    assert len(llm.engine._parked) == 4
+    del branches
+    gc.collect()
+    llm.generate("x", GREEDY)
+    assert not llm.engine._parked
 
 
 def test_an_interrupted_open_leaves_no_pages_behind(llm, monkeypatch):

@@ -62,6 +62,17 @@ def test_wrong_words_exit_with_2(capsys):
         assert "usage" in capsys.readouterr().err
 
 
+def test_a_wrong_value_of_a_flag_is_told_in_the_users_words(capsys):
+    for flag, value, says in (
+        ("--max-tokens", "abc", "a number of tokens or 'none', got 'abc'"),
+        ("--kv-cache-memory", "lots", "a size such as 512M or 2G, got 'lots'"),
+        ("--logit-bias", "5", "biases such as 5:-100,17:2.5, got '5'"),
+    ):
+        with pytest.raises(SystemExit):
+            main(["generate", "m", flag, value])
+        assert f"argument {flag}: {says}" in capsys.readouterr().err
+
+
 def test_there_is_a_flag_for_every_parameter_with_the_default_of_the_library():
     parser = argparse.ArgumentParser()
     options.add_sampling(parser)
@@ -122,6 +133,8 @@ def test_info_names_every_operation_and_models_every_family(capsys):
     told = capsys.readouterr().out
     assert "chosen" in told
     assert all(name in told for name in OPERATIONS)
+    assert "compiled programs" in told
+    assert "compiled kernels" in told
     assert main(["models"]) == 0
     told = capsys.readouterr().out
     assert all(name in told for name in (*FAMILIES, "smollm2-135m", "orbax", "sentencepiece"))

@@ -109,18 +109,21 @@ def test_bad_lines_are_told_by_number_and_good_lines_still_run(tmp_path, model, 
         '{"prompt": "half a pair \\ud800"}',
         "[" * 100_000,
         {"messages": [{"role": "user", "content": "good"}], "logit_bias": {"65": 2.5}},
+        '{"prompt": "x", "id": NaN}',
+        {"messages": []},
     ]
     source, out = write(tmp_path / "in.jsonl", rows), tmp_path / "out.jsonl"
     source.write_bytes(source.read_bytes() + b'{"prompt": "\xff"}\n')
     assert run(model, source, "-o", out, *FLAGS) == 1
     found = {r["line"]: r for r in records(out)}
-    assert set(found) == set(range(1, 17)) - {3}
+    assert set(found) == set(range(1, 19)) - {3}
     assert {n for n, r in found.items() if r["error"] is None} == {1, 15}
     assert found[6]["id"] == 7
     told = capsys.readouterr().err
     for line, words in {
         2: "not JSON", 5: "promt", 6: "top_p", 7: "meant 'max_tokens'", 8: "100000",
-        10: "1300 tokens", 12: "empty", 16: "not UTF-8 at byte",
+        10: "1300 tokens", 12: "empty", 16: "not JSON: NaN", 17: "messages is empty",
+        18: "not UTF-8 at byte",
     }.items():  # fmt: skip
         assert f"line {line}: " in told
         assert words in found[line]["error"]["message"]

@@ -342,6 +342,9 @@ BAD_PROMPTS: list[tuple[Any, type[Exception], str]] = [
     (b"bytes", ValueError, "bytes"),
     (7, ValueError, "int"),
     ({"text": "x"}, ValueError, "prompt_token_ids"),
+    ({"prompt_token_ids": "text"}, ValueError, "integers, got str"),
+    ({"prompt_token_ids": 7}, ValueError, "integers, got int"),
+    ({"messages": [1, 2]}, ValueError, "no chat template"),
     ([3] * 128, PromptTooLong, "128"),
 ]
 BAD_PARAMS: list[tuple[dict[str, Any], str]] = [
@@ -375,8 +378,15 @@ def test_what_is_no_sampling_params_is_refused(served):
 
 def test_a_prompt_that_the_pool_can_never_hold_is_refused():
     _, _, intake = make_engine(num_pages=2)
-    with pytest.raises(PromptTooLong, match="KV cache holds 8"):
+    with pytest.raises(PromptTooLong, match="9 tokens; the KV cache holds 8"):
         intake.request([3] * 9, GREEDY)
+
+
+def test_a_prompt_may_fill_the_pool_to_the_last_slot():
+    engine, _, intake = make_engine(num_pages=2)
+    output = one((engine, intake), [3] * 8, GREEDY)
+    assert (output.error, output.outputs[0].finish_reason) == (None, "length")
+    assert len(output.outputs[0].token_ids) == 1
 
 
 def test_an_aborted_request_gives_its_pages_back_at_once(served):

@@ -2,6 +2,7 @@
 
 import itertools
 
+import numpy as np
 import pytest
 
 from kvjax import LLM, SamplingParams
@@ -35,7 +36,9 @@ def test_outputs_come_in_the_order_of_the_prompts_whatever_ends_first(llm):
 @pytest.mark.parametrize(
     "prompt",
     ["hello", [104, 101, 108, 108, 111], {"prompt": "hello"},
-     {"prompt_token_ids": [104, 101, 108, 108, 111]}],
+     {"prompt_token_ids": [104, 101, 108, 108, 111]}, list(np.array([104, 101, 108, 108, 111])),
+     {"prompt_token_ids": np.array([104, 101, 108, 108, 111])}],
+    ids=str,
 )  # fmt: skip
 def test_every_way_to_write_a_prompt_means_the_same(llm, prompt):
     expected = llm.generate(["hello"], GREEDY)[0].outputs[0].text

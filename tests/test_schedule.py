@@ -355,7 +355,7 @@ def test_the_kv_of_a_salted_branch_never_enters_another_namespace():
     engine.add(opened)
     drain(engine)
     branch = Branch(engine, intake, opened.sequences[0], "a")
-    request = branch.request(SamplingParams(max_tokens=3))
+    request = branch.request(SamplingParams(max_tokens=3), engine)
     engine.add(request)
     drain(engine)
     tree = engine.scheduler.tree
@@ -363,7 +363,7 @@ def test_the_kv_of_a_salted_branch_never_enters_another_namespace():
     assert tree.match((None, "exact"), [1] * 9).num_tokens == 0
     assert tree.match(("a", "exact"), [1] * 9).num_tokens == 9
     with pytest.raises(ValueError, match="cache_salt"):
-        branch.request(SamplingParams(cache_salt="b"))
+        branch.request(SamplingParams(cache_salt="b"), engine)
 
 
 def test_prefix_hits_copy_only_the_page_they_write_to():

@@ -103,7 +103,6 @@ def tiny_engine(
         end_token_ids=(END,),
         max_model_len=max_model_len,
         max_prompt_tokens=num_pages * 16,
-        max_num_seqs=config.max_num_seqs,
         seed=config.seed,
         clock=engine.clock,
     )

@@ -75,9 +75,10 @@ def _caches() -> Table:
     table.add_column("where", overflow="fold")
     for model in cached_models():
         table.add_row(f"model {model.name}", show_size(model.num_bytes), str(model.path))
-    compiled = Path(jax.config.values["jax_compilation_cache_dir"] or cache_dir() / "xla")
-    sizes = [f.stat().st_size for f in compiled.rglob("*") if f.is_file()]
-    table.add_row(f"{len(sizes)} compiled programs", show_size(sum(sizes)), str(compiled))
+    programs = Path(jax.config.values["jax_compilation_cache_dir"] or cache_dir() / "xla")
+    for what, folder in (("programs", programs), ("kernels", cache_dir() / "native")):
+        sizes = [f.stat().st_size for f in folder.rglob("*") if f.is_file()]
+        table.add_row(f"{len(sizes)} compiled {what}", show_size(sum(sizes)), str(folder))
     return table
 
 

@@ -50,7 +50,11 @@ def _bias(text: str) -> dict[int, float]:
 
 
 def _max_tokens(text: str) -> int | None:
-    return None if text == "none" else int(text)
+    """A number of tokens, or `none`."""
+    try:
+        return None if text == "none" else int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"a number of tokens or 'none', got {text!r}") from None
 
 
 _SAMPLING: tuple[tuple[str, dict[str, Any], str], ...] = (  # field, argparse options, help

@@ -94,6 +94,8 @@ def _shards(path: Path) -> dict[Path, list[str] | None]:
     weight_map = _read_json(path / _INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CorruptWeights(f"{path / _INDEX}: no weight_map")
+    if not all(isinstance(file, str) for file in weight_map.values()):
+        raise CorruptWeights(f"{path / _INDEX}: a weight_map whose values are no file names")
     shards: dict[Path, list[str] | None] = {}
     for file in sorted(set(weight_map.values())):
         if Path(file).name != file:

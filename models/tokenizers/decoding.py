@@ -33,14 +33,17 @@ class IncrementalDecoder:
     """Text of a growing sequence, piece by piece.
 
     The pieces that `push` returned, and `flush` at the end, concatenate to what
-    `tokenizer.decode` gives for all the ids.
+    `tokenizer.decode` gives for all the ids; or, if it `continues` a text, to what they add to that
+    text. (They differ by the space that some tokenizers put in front of a text, and only there.)
     """
 
-    def __init__(self, tokenizer: TokenBytes, skip_special_tokens: bool = True) -> None:
+    def __init__(
+        self, tokenizer: TokenBytes, skip_special_tokens: bool = True, *, continues: bool = False
+    ) -> None:
         self._tokenizer = tokenizer
         self._skipped = tokenizer.special_ids if skip_special_tokens else frozenset[int]()
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
-        self._strips = tokenizer.strips_leading_space
+        self._strips = tokenizer.strips_leading_space and not continues
 
     def push(self, token_id: int) -> str:
         """The text that this token completes; a character cut off at the end is held back."""

@@ -70,7 +70,10 @@ def read_json(file: Path) -> dict[str, Any]:
 def _ids(value: Any) -> tuple[int, ...]:
     if value is None:
         return ()
-    return tuple(value) if isinstance(value, list) else (value,)
+    ids = tuple(value) if isinstance(value, list) else (value,)
+    if not all(isinstance(token_id, int) for token_id in ids):
+        raise TokenizerNotFound(f"eos_token_id must be an id or a list of ids, got {value!r}")
+    return ids
 
 
 def _chat_template(folder: Path, tokenizer_config: dict[str, Any]) -> str | None:

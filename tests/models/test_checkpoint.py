@@ -131,6 +131,14 @@ def test_an_index_cannot_point_outside_its_folder(tmp_path):
         open_checkpoint(folder)
 
 
+def test_an_index_without_file_names_is_corrupt(tmp_path):
+    folder = write_folder(tmp_path / "m", some_tensors(), num_shards=2)
+    for index in ("[]", "{}", '{"weight_map": {"a": 3}}', '{"weight_map": {"a": "x", "b": null}}'):
+        (folder / "model.safetensors.index.json").write_text(index)
+        with pytest.raises(CorruptWeights, match=r"index\.json"):
+            open_checkpoint(folder)
+
+
 def test_a_missing_tensor_is_named_and_can_be_asked_about(tmp_path):
     opened = open_checkpoint(write_folder(tmp_path / "m", {"a": np.ones(1, np.float32)}))
     with pytest.raises(CorruptWeights, match=r"'lm_head\.weight' is missing"):

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import numpy as np
@@ -159,6 +160,24 @@ def test_random_weights_have_the_names_and_shapes_of_the_checkpoint(family: str,
     tensors = FAMILIES[config.architecture].tensors(case.tensors, config)
     drawn = random_tensors(config)
     assert {n: w.shape for n, w in drawn.items()} == {n: tensors[n].shape for n in tensors}
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"num_attention_heads": "4", "head_dim": None}, "malformed"),
+        ({"num_attention_heads": 0, "head_dim": None}, "malformed"),
+        ({"rope_scaling": "linear", "rope_parameters": None}, "malformed"),
+        ({"num_hidden_layers": 2.5}, r"num_layers must be an integer of at least 1, got 2\.5"),
+        ({"vocab_size": None}, "vocab_size must be an integer of at least 1, got None"),
+        ({"rms_norm_eps": None}, "norm_eps must be a number"),
+        ({"eos_token_id": "</s>"}, "eos token ids must be integers, got '</s>'"),
+    ],
+)
+def test_a_malformed_configuration_is_told_as_such(change: dict[str, Any], said: str) -> None:
+    case = load_family("llama")["plain"]
+    with pytest.raises(ValueError, match=said):
+        model_config(case.config | change)
 
 
 def test_a_family_from_outside_the_package_is_loaded() -> None:

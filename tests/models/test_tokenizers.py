@@ -10,7 +10,7 @@ import pytest
 import safetensors.numpy
 import sentencepiece
 import tokenizers
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors, trainers
 
@@ -19,6 +19,8 @@ from kvjax.models.checkpoint import open_checkpoint
 from kvjax.models.tokenizers import TOKENIZERS, IncrementalDecoder, Tokenizer, load_tokenizer
 from kvjax.models.tokenizers.gguf import build
 from kvjax.models.tokenizers.huggingface import HuggingFaceTokenizer
+from kvjax.request import SamplingParams
+from kvjax.text import TextStream
 
 CORPUS = [
     "The quick brown fox jumps over the lazy dog, twice in 2024.",
@@ -163,6 +165,22 @@ def test_pieces_concatenate_to_the_whole(every_kind, kind, ids, skip):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@settings(deadline=None, max_examples=60)
+@given(prompt=TEXT, ids=st.lists(st.integers(0, 420), max_size=12), skip=st.booleans())
+@example(prompt="The sky is", ids=[], skip=True)
+def test_a_prompt_and_the_text_that_continues_it_concatenate(every_kind, kind, prompt, ids, skip):
+    """With a vocabulary like Llama 2's, too, whose decoder drops the first space of a text."""
+    tokenizer = every_kind[kind]
+    prompt_ids = tokenizer.encode(prompt)
+    ids = ids or tokenizer.encode("blue", add_special_tokens=False)
+    stream = TextStream(tokenizer, SamplingParams(skip_special_tokens=skip), prompt_ids=prompt_ids)
+    for place, token_id in enumerate(ids, start=1):
+        stream.push(token_id, last=place == len(ids))
+    whole = tokenizer.decode([*prompt_ids, *ids], skip)
+    assert tokenizer.decode(prompt_ids, skip) + stream.text == whole
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_character_comes_when_its_last_byte_does(every_kind, kind):
     tokenizer = every_kind[kind]
     ids = tokenizer.encode("x🤖", add_special_tokens=False)
@@ -220,6 +238,9 @@ def test_ends_come_from_tokenizer_then_generation_then_model_config(tmp_path):
     assert load(folder).bos_token_id == 0
     (folder / "tokenizer_config.json").write_text('{"bos_token": null}')
     assert load(folder).bos_token_id is None
+    (folder / "generation_config.json").write_text('{"eos_token_id": "</s>"}')
+    with pytest.raises(TokenizerNotFound, match="eos_token_id must be an id"):
+        load(folder)
 
 
 def test_chat_templates_are_found_wherever_they_lie(tmp_path):
