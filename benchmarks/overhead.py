@@ -87,6 +87,9 @@ def measure(model: str, dtype: str, rounds: int) -> dict[str, Any]:
     def novel() -> list[list[int]]:
         return [[next(fresh) + 100, *ids] for ids in cut]  # never a common first token
 
+    for _ in range(-(-llm.engine.scheduler.pool.num_pages * 16 // (8 * 256))):
+        _seconds(llm, novel())  # every page was written once: from here on misses evict
+
     found["cache on / off, 0 hits"] = _interleaved(
         rounds, lambda: _seconds(llm, novel()), lambda: _seconds(without, novel())
     )

@@ -4,6 +4,8 @@ Programs are compiled ahead, one per bucket, and called directly: a shape that w
 an error, never a silent compilation. `compiles` counts them; after `warm_up()` it must not move.
 """
 
+import contextlib
+import ctypes
 import dataclasses
 import time
 from collections.abc import Callable
@@ -114,6 +116,7 @@ class Runner:
             self._programs[key] = self._compile(key)
             self.compiles += 1
             self.compile_seconds += time.perf_counter() - start
+            _return_freed_memory()
         return self._programs[key]
 
     def _compile(self, key: "Bucket | str") -> Any:
@@ -250,6 +253,15 @@ class Runner:
         )
         batch = StepBatch(tokens, source, positions, starts, logits_rows, views, sampling)
         return batch, owners
+
+
+def _return_freed_memory() -> None:
+    """Gives the system back what loading and compiling have freed; glibc would keep it.
+
+    For SmolLM2-135M in bfloat16 that is some 40 of 940 MiB after the last program.
+    """
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def ladder(limits: Limits) -> tuple[Bucket, ...]:

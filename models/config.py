@@ -3,6 +3,8 @@
 import dataclasses
 from typing import Literal
 
+from kvjax.pallas_kernels import Activation
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RopeConfig:
@@ -66,7 +68,7 @@ class ModelConfig:
     o_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False
-    activation: Literal["silu", "gelu_tanh"] = "silu"
+    activation: Activation = "silu"
     norm_plus_one: bool = False  # Gemma: weights are stored as w, applied as 1 + w
     post_norms: bool = False  # Gemma: norms after attention and after the MLP as well
     embed_scale: float = 1.0

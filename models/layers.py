@@ -17,9 +17,11 @@ from kvjax.models.loading import Loader
 from kvjax.models.rope import rotate
 from kvjax.models.sharding import Sharding
 from kvjax.pallas_kernels import (
+    Activation,
     LayerPages,
     Panels,
-    int8_linear,
+    gate,
+    gated_linear,
     linear,
     paged_attention,
     row_mean_square,
@@ -50,17 +52,29 @@ class Linear(nnx.Module):
 
     def __call__(self, x: Float[Array, "rows in_"]) -> Float[Array, "rows *out"]:
         """Applies the map to each row."""
-        if self.scale is not None:
-            y = int8_linear(x, self._weight, self.scale[...])
-        else:
-            y = linear(x, self._weight, pad_single_row=self.pad_single_row)
+        y = linear(x, self._weight, self._scale, pad_single_row=self.pad_single_row)
         return y if self.bias is None else y + self.bias[...]
+
+    def gated(
+        self, x: Float[Array, "rows in_"], activation: Activation
+    ) -> Float[Array, "rows half"]:
+        """`activation(y[:, 0]) * y[:, 1]` of `y = self(x)`, for weights `[2, half, in]`."""
+        if self.bias is not None:
+            y = self(x)
+            return gate(y[:, 0], y[:, 1], activation)
+        return gated_linear(
+            x, self._weight, self._scale, activation=activation, pad_single_row=self.pad_single_row
+        )
 
     def rows(self, ids: Int[Array, " n"]) -> Float[Array, "n in_"]:
         """Float32 weights of the output channels `ids`: a table's vectors."""
         w = self._weight
         rows = (w.rows(ids) if isinstance(w, Panels) else w[ids]).astype(jnp.float32)
         return rows if self.scale is None else rows * self.scale[...][ids][:, None]
+
+    @property
+    def _scale(self) -> Array | None:
+        return None if self.scale is None else self.scale[...]
 
     @property
     def _weight(self) -> Array | Panels:
@@ -172,12 +186,7 @@ class MLP(nnx.Module):
 
     def __call__(self, x: Float[Array, "tokens hidden"]) -> Float[Array, "tokens hidden"]:
         """Applies the MLP to each token."""
-        gate_up = self.gate_up(x)
-        gate, up = gate_up[:, 0], gate_up[:, 1]
-        act = (
-            jax.nn.silu(gate) if self.activation == "silu" else jax.nn.gelu(gate, approximate=True)
-        )
-        return self.down(act * up)
+        return self.down(self.gate_up.gated(x, self.activation))
 
 
 def _write_and_attend(

@@ -6,7 +6,16 @@ attends to the *indices* in `[visible_lo, visible_hi)` of its own sequence.
 """
 
 from kvjax.pallas_kernels.dispatch import OPERATIONS, Operation
-from kvjax.pallas_kernels.linear import Panels, int8_linear, linear, pack, packs, quantise_rows
+from kvjax.pallas_kernels.linear import (
+    Activation,
+    Panels,
+    gate,
+    gated_linear,
+    linear,
+    pack,
+    packs,
+    quantise_rows,
+)
 from kvjax.pallas_kernels.page_ops import (
     LayerPages,
     copy_pages,
@@ -19,13 +28,15 @@ from kvjax.pallas_kernels.reductions import row_mean_square, row_sum, steady_exp
 
 __all__ = [
     "OPERATIONS",
+    "Activation",
     "LayerPages",
     "Operation",
     "Panels",
     "copy_pages",
     "empty_pool",
+    "gate",
+    "gated_linear",
     "gather_slots",
-    "int8_linear",
     "linear",
     "pack",
     "packs",

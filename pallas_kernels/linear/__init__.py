@@ -6,6 +6,7 @@ are loaded (`pack`), and one kernel reads them as a stream, at the speed of memo
 
 import dataclasses
 import math
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -35,8 +36,10 @@ class Panels:
         return found.reshape(ids.shape[0], -1)[:, : self.shape[-1]]
 
 
+Activation = Literal["silu", "gelu_tanh"]
+
 _linear = Operation("linear", {"cpu": ("cpu", "xla"), "*": ("xla",)})
-_int8_linear = Operation("int8_linear", {"cpu": ("cpu", "xla"), "*": ("xla",)})
+_gated_linear = Operation("gated_linear", {"cpu": ("cpu", "xla"), "*": ("xla",)})
 
 
 def packs() -> bool:
@@ -60,17 +63,46 @@ def pack(w: np.ndarray) -> np.ndarray:
 
 def linear(
     x: Float[Array, "rows in_"],
-    w: Float[Array, "*out in_"] | Panels,
+    w: Float[Array, "*out in_"] | Int8[Array, "*out in_"] | Panels,
+    scale: Float[Array, "*out"] | None = None,
     *,
     pad_single_row: bool = True,
     backend: str | None = None,
 ) -> Float[Array, "rows *out"]:
     """Float32 `x @ w.T`: `x` is rounded to the dtype of `w`, sums are float32.
 
+    With a `scale` per output channel `w` is int8 and stands for `w * scale`: `x` is quantised per
+    row (`quantise_rows`), and the sums are int32.
+
     `pad_single_row=False` lets XLA:CPU keep one row one row: faster for float32, but then a
     request's bits depend on whether it runs alone. Packed weights need neither.
     """
-    return _linear(x, w, pad_single_row=pad_single_row, backend=backend)
+    return _linear(x, w, scale, pad_single_row=pad_single_row, backend=backend)
+
+
+def gated_linear(
+    x: Float[Array, "rows in_"],
+    w: Float[Array, "2 half in_"] | Int8[Array, "2 half in_"] | Panels,
+    scale: Float[Array, "2 half"] | None = None,
+    *,
+    activation: Activation,
+    pad_single_row: bool = True,
+    backend: str | None = None,
+) -> Float[Array, "rows half"]:
+    """`activation(y[:, 0]) * y[:, 1]` of `y = linear(x, w, scale)` (arXiv 2002.05202)."""
+    if w.shape[0] != 2 or len(w.shape) != 3:
+        raise ValueError(f"gated weights are [2, half, in], got {w.shape}")
+    return _gated_linear(
+        x, w, scale, activation=activation, pad_single_row=pad_single_row, backend=backend
+    )
+
+
+def gate(
+    gate: Float[Array, "rows half"], up: Float[Array, "rows half"], activation: Activation
+) -> Float[Array, "rows half"]:
+    """`activation(gate) * up`."""
+    act = jax.nn.silu(gate) if activation == "silu" else jax.nn.gelu(gate, approximate=True)
+    return act * up
 
 
 def quantise_rows(
@@ -82,19 +114,8 @@ def quantise_rows(
     return jnp.round(x / scale).astype(jnp.int8), scale
 
 
-def int8_linear(
-    x: Float[Array, "rows in_"],
-    w: Int8[Array, "*out in_"] | Panels,
-    w_scale: Float[Array, "*out"],
-    *,
-    backend: str | None = None,
-) -> Float[Array, "rows *out"]:
-    """Float32 `x @ (w * w_scale).T` through int8 x int8 -> int32; `x` is quantised per row."""
-    return _int8_linear(x, w, w_scale, backend=backend)
-
-
 from kvjax.pallas_kernels.linear import cpu, xla  # noqa: E402  (they need Panels)
 
 _linear.implementations |= {"cpu": cpu.linear, "xla": xla.linear}
-_int8_linear.implementations |= {"cpu": cpu.int8_linear, "xla": xla.int8_linear}
-_linear.probes["cpu"] = _int8_linear.probes["cpu"] = cpu.probe
+_gated_linear.implementations |= {"cpu": cpu.gated_linear, "xla": xla.gated_linear}
+_linear.probes["cpu"] = _gated_linear.probes["cpu"] = cpu.probe

@@ -172,10 +172,28 @@ void Prepare(const float* x, int rows, Shape s, Word* words, float* scales) {
   }
 }
 
-// `finish(sum, first, scale)` turns the sums of channels from `first` on to float32.
+// What a panel's sums of one block of rows are, less the excess.
+template <typename Kind>
+struct Panel {
+  const char* words;
+  typename Kind::Sum excess[kVectors] = {}, sums[kRows * kVectors];
+
+  Panel(const void* panels, int64_t p, int64_t depth)
+      : words(static_cast<const char*>(panels) + p * depth * kVectors * sizeof(Vec)) {
+    if constexpr (Kind::kPerWord == 4) Excess(words, depth, excess);
+  }
+
+  void Multiply(int rows, const Word* x, int64_t depth) {
+    AnyBlock<Kind>(rows, x, words, depth, sums);
+    for (int i = 0; i < rows * kVectors; ++i) sums[i] -= excess[i % kVectors];
+  }
+};
+
+// x times all panels, or every panel together with the one `partner` panels on. `finish` turns a
+// vector of sums for channels from `first` on, and their partners', to float32.
 template <typename Kind, typename Finish>
 void Multiply(ffi::ThreadPool& pool, const float* x, const void* panels, float* out, Shape s,
-              Finish finish) {
+              Finish finish, int64_t partner = 0) {
   thread_local std::vector<Word> all_words;
   thread_local std::vector<float> all_scales;
   all_words.resize(s.rows * s.words);
@@ -196,21 +214,18 @@ void Multiply(ffi::ThreadPool& pool, const float* x, const void* panels, float* 
   Parallel(pool, chunks * groups, [=](int64_t task) {
     const int64_t g = task % groups, first = task / groups * kBlocks;
     for (int64_t p = num_panels * g / groups; p < num_panels * (g + 1) / groups; ++p) {
-      const char* panel = static_cast<const char*>(panels) + p * s.words * kVectors * sizeof(Vec);
-      typename Kind::Sum excess[kVectors] = {};
-      if constexpr (Kind::kPerWord == 4) Excess(panel, s.words, excess);
+      Panel<Kind> own(panels, p, s.words), other(panels, p + partner, s.words);
       for (int64_t b = first; b < std::min(first + kBlocks, blocks); ++b) {
-        const int64_t from = b * block, rows = std::min(block, s.rows - from);
-        typename Kind::Sum sums[kRows * kVectors];
-        AnyBlock<Kind>(rows, words + from * s.words, panel, s.words, sums);
-        for (int r = 0; r < rows; ++r) {
-          for (int v = 0; v < kVectors; ++v) {
-            const int64_t at = p * kWidth + v * kLanes;
-            const int64_t count = std::min<int64_t>(kLanes, s.out - at);
-            if (count <= 0) continue;  // padding of the last panel
-            const Vec y = finish(sums[r * kVectors + v] - excess[v], at, scales[from + r]);
-            std::memcpy(out + (from + r) * s.out + at, &y, count * sizeof(float));
-          }
+        const int64_t from = b * block;
+        const int rows = static_cast<int>(std::min(block, s.rows - from));
+        own.Multiply(rows, words + from * s.words, s.words);
+        if (partner) other.Multiply(rows, words + from * s.words, s.words);
+        for (int i = 0; i < rows * kVectors; ++i) {
+          const int64_t row = from + i / kVectors, at = p * kWidth + i % kVectors * kLanes;
+          const int64_t count = std::min<int64_t>(kLanes, s.out - at);
+          if (count <= 0) continue;  // padding of the last panel
+          const Vec y = finish(own.sums[i], other.sums[i], at, scales[row]);
+          std::memcpy(out + row * s.out + at, &y, count * sizeof(float));
         }
       }
     }
@@ -223,29 +238,76 @@ Shape ShapeOf(const ffi::Buffer<ffi::F32>& x, ffi::ResultBuffer<ffi::F32>& out) 
   return {x.dimensions()[0], in, out->dimensions()[1], RoundUp(in, Kind::kPerWord) / Kind::kPerWord};
 }
 
-ffi::Error Linear(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::AnyBuffer panels,
-                  ffi::ResultBuffer<ffi::F32> out) {
-  const auto same = [](Vec sum, int64_t, float) { return sum; };
+template <typename Kind, typename Finish>
+void Multiply(ffi::ThreadPool& pool, const ffi::Buffer<ffi::F32>& x, const ffi::AnyBuffer& panels,
+              ffi::ResultBuffer<ffi::F32>& out, Finish finish, int64_t partner = 0) {
+  Multiply<Kind>(pool, x.typed_data(), panels.untyped_data(), out->typed_data(),
+                 ShapeOf<Kind>(x, out), finish, partner);
+}
+
+// Calls `multiply(kind)` for the kind of float weights that `panels` holds.
+template <typename F>
+ffi::Error WithKind(const ffi::AnyBuffer& panels, F multiply) {
   if (panels.element_type() == ffi::F32)
-    Multiply<Float32>(pool, x.typed_data(), panels.untyped_data(), out->typed_data(),
-                      ShapeOf<Float32>(x, out), same);
+    multiply(Float32{});
   else if (panels.element_type() == ffi::BF16)
-    Multiply<BFloat16>(pool, x.typed_data(), panels.untyped_data(), out->typed_data(),
-                       ShapeOf<BFloat16>(x, out), same);
+    multiply(BFloat16{});
   else
     return ffi::Error(ffi::ErrorCode::kInvalidArgument, "weights must be float32 or bfloat16");
   return ffi::Error::Success();
 }
 
-ffi::Error Int8Linear(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::S8> panels,
+inline Vec Sigmoid(Vec x) {
+  const Vec e = Exp(x < 0.0f ? x : -x);
+  return (x < 0.0f ? e : Splat(1)) / (1.0f + e);
+}
+
+inline Vec Silu(Vec x) { return x * Sigmoid(x); }
+
+// The approximation by tanh: (1 + tanh(z)) / 2 is the sigmoid of 2 z.
+inline Vec Gelu(Vec x) { return x * Sigmoid(1.5957691216f * (x + 0.044715f * x * x * x)); }
+
+inline Vec Gated(Vec gate, Vec up, bool gelu) { return (gelu ? Gelu(gate) : Silu(gate)) * up; }
+
+ffi::Error Linear(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::AnyBuffer panels,
+                  ffi::ResultBuffer<ffi::F32> out) {
+  return WithKind(panels, [&](auto kind) {
+    Multiply<decltype(kind)>(pool, x, panels, out, [](Vec y, Vec, int64_t, float) { return y; });
+  });
+}
+
+ffi::Error GatedLinear(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::AnyBuffer panels,
+                       ffi::ResultBuffer<ffi::F32> out, bool gelu) {
+  return WithKind(panels, [&](auto kind) {
+    Multiply<decltype(kind)>(
+        pool, x, panels, out,
+        [=](Vec gate, Vec up, int64_t, float) { return Gated(gate, up, gelu); },
+        panels.dimensions()[0] / 2);
+  });
+}
+
+ffi::Error Int8Linear(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::AnyBuffer panels,
                       ffi::Buffer<ffi::F32> scales, ffi::ResultBuffer<ffi::F32> out) {
-  const float* w_scales = scales.typed_data();
+  const float* w = scales.typed_data();
   const int64_t count = scales.element_count();
-  Multiply<Int8>(pool, x.typed_data(), panels.untyped_data(), out->typed_data(),
-                 ShapeOf<Int8>(x, out), [=](IntVec sum, int64_t first, float scale) {
-                   return __builtin_convertvector(sum, Vec) * scale *
-                          Numbers(w_scales + first, count - first);
-                 });
+  Multiply<Int8>(pool, x, panels, out, [=](IntVec sum, IntVec, int64_t at, float scale) {
+    return __builtin_convertvector(sum, Vec) * scale * Numbers(w + at, count - at);
+  });
+  return ffi::Error::Success();
+}
+
+ffi::Error Int8GatedLinear(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::AnyBuffer panels,
+                           ffi::Buffer<ffi::F32> scales, ffi::ResultBuffer<ffi::F32> out,
+                           bool gelu) {
+  const float* w = scales.typed_data();
+  const int64_t half = scales.element_count() / 2;
+  Multiply<Int8>(
+      pool, x, panels, out,
+      [=](IntVec gate, IntVec up, int64_t at, float scale) {
+        return Gated(__builtin_convertvector(gate, Vec) * scale * Load(w + at),
+                     __builtin_convertvector(up, Vec) * scale * Load(w + half + at), gelu);
+      },
+      panels.dimensions()[0] / 2);
   return ffi::Error::Success();
 }
 
@@ -258,10 +320,27 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(kvjax_linear, Linear,
                                   .Arg<ffi::AnyBuffer>()
                                   .Ret<ffi::Buffer<ffi::F32>>());
 
+XLA_FFI_DEFINE_HANDLER_SYMBOL(kvjax_gated_linear, GatedLinear,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Ret<ffi::Buffer<ffi::F32>>()
+                                  .Attr<bool>("gelu"));
+
 XLA_FFI_DEFINE_HANDLER_SYMBOL(kvjax_int8_linear, Int8Linear,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
                                   .Arg<ffi::Buffer<ffi::F32>>()
-                                  .Arg<ffi::Buffer<ffi::S8>>()
+                                  .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::Buffer<ffi::F32>>()
                                   .Ret<ffi::Buffer<ffi::F32>>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(kvjax_int8_gated_linear, Int8GatedLinear,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Ret<ffi::Buffer<ffi::F32>>()
+                                  .Attr<bool>("gelu"));

@@ -2,15 +2,16 @@
 
 import math
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
 from kvjax.pallas_kernels import native
-from kvjax.pallas_kernels.linear import Panels
+from kvjax.pallas_kernels.linear import PANEL, Activation, Panels, gate
 
-_TARGETS = ("kvjax_linear", "kvjax_int8_linear")
+_TARGETS = ("kvjax_linear", "kvjax_int8_linear", "kvjax_gated_linear", "kvjax_int8_gated_linear")
 
 
 def probe() -> None:
@@ -21,22 +22,40 @@ def probe() -> None:
         native.register(Path(__file__).with_suffix(".cc"), target)
 
 
-def linear(x: Array, w: Array | Panels, *, pad_single_row: bool = True) -> Array:
+def linear(
+    x: Array, w: Array | Panels, scale: Array | None, *, pad_single_row: bool = True
+) -> Array:
     """See `kvjax.pallas_kernels.linear`."""
     del pad_single_row  # a row is the same chain of operations in every batch
-    return _call(_TARGETS[0], x, w)
+    return _call("linear", x, w, scale, w.shape[:-1])
 
 
-def int8_linear(x: Array, w: Array | Panels, w_scale: Array) -> Array:
-    """See `kvjax.pallas_kernels.int8_linear`."""
-    return _call(_TARGETS[1], x, w, w_scale.astype(jnp.float32).reshape(-1))
+def gated_linear(
+    x: Array,
+    w: Array | Panels,
+    scale: Array | None,
+    *,
+    activation: Activation,
+    pad_single_row: bool = True,
+) -> Array:
+    """See `kvjax.pallas_kernels.gated_linear`: the halves meet while they are in registers."""
+    del pad_single_row
+    if w.shape[1] % PANEL:  # no panel is all gate or all up
+        y = linear(x, w, scale)
+        return gate(y[:, 0], y[:, 1], activation)
+    return _call("gated_linear", x, w, scale, w.shape[1:2], gelu=activation == "gelu_tanh")
 
 
-def _call(target: str, x: Array, w: Array | Panels, *scales: Array) -> Array:
+def _call(
+    name: str, x: Array, w: Array | Panels, scale: Array | None, out: tuple[int, ...], **flags: Any
+) -> Array:
     if not isinstance(w, Panels):
         raise NotImplementedError("cpu: the weights are not packed")
     probe()
-    rows, out = x.shape[0], w.shape[:-1]
-    shape = jax.ShapeDtypeStruct((rows, math.prod(out)), jnp.float32)
-    y = jax.ffi.ffi_call(target, shape)(x.astype(jnp.float32), w.words, *scales)
-    return y.reshape(rows, *out)
+    operands = [x.astype(jnp.float32), w.words]
+    if scale is not None:
+        name = f"int8_{name}"
+        operands.append(scale.astype(jnp.float32).reshape(-1))
+    shape = jax.ShapeDtypeStruct((x.shape[0], math.prod(out)), jnp.float32)
+    y = jax.ffi.ffi_call(f"kvjax_{name}", shape)(*operands, **flags)
+    return y.reshape(x.shape[0], *out)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from kvjax.pallas_kernels.linear import Panels, quantise_rows
+from kvjax.pallas_kernels.linear import Activation, Panels, gate, quantise_rows
 
 
 def _dot(x: Array, w: Array, out: jnp.dtype) -> Array:
@@ -25,22 +25,31 @@ def _at_least_two_rows(x: Array) -> Array:
     return jnp.concatenate([x, x]) if x.shape[0] == 1 else x
 
 
-def linear(x: Array, w: Array | Panels, *, pad_single_row: bool = True) -> Array:
+def linear(
+    x: Array, w: Array | Panels, scale: Array | None, *, pad_single_row: bool = True
+) -> Array:
     """See `kvjax.pallas_kernels.linear`."""
     if isinstance(w, Panels):
         raise NotImplementedError("xla: the weights are packed for the cpu kernel")
     rows = x.shape[0]
-    x = x.astype(w.dtype)
-    if pad_single_row:
-        x = _at_least_two_rows(x)
-    return _dot(x, w, jnp.dtype(jnp.float32))[:rows]
-
-
-def int8_linear(x: Array, w: Array | Panels, w_scale: Array) -> Array:
-    """See `kvjax.pallas_kernels.int8_linear`."""
-    if isinstance(w, Panels):
-        raise NotImplementedError("xla: the weights are packed for the cpu kernel")
-    rows = x.shape[0]
-    q, scale = quantise_rows(_at_least_two_rows(x))
+    if scale is None:
+        x = x.astype(w.dtype)
+        if pad_single_row:
+            x = _at_least_two_rows(x)
+        return _dot(x, w, jnp.dtype(jnp.float32))[:rows]
+    q, x_scale = quantise_rows(_at_least_two_rows(x))
     y = _dot(q, w, jnp.dtype(jnp.int32)).astype(jnp.float32)
-    return (y * scale.reshape(scale.shape[0], *(1,) * (w.ndim - 1)) * w_scale)[:rows]
+    return (y * x_scale.reshape(x_scale.shape[0], *(1,) * (w.ndim - 1)) * scale)[:rows]
+
+
+def gated_linear(
+    x: Array,
+    w: Array | Panels,
+    scale: Array | None,
+    *,
+    activation: Activation,
+    pad_single_row: bool = True,
+) -> Array:
+    """See `kvjax.pallas_kernels.gated_linear`."""
+    y = linear(x, w, scale, pad_single_row=pad_single_row)
+    return gate(y[:, 0], y[:, 1], activation)

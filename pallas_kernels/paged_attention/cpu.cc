@@ -48,33 +48,6 @@ inline Vec PageNumbers(const T* p, int count) {
   return PageNumbers(padded);
 }
 
-// exp(x) for x <= 0: NaN for NaN, zero below 2^-126. The Taylor series of 2^r, |r| <= 1/2.
-inline Vec Exp(Vec x) {
-  x *= 1.44269504088896341f;
-  const IntVec tiny = x < -126.0f;
-  x = tiny ? Splat(-126.0f) : x;
-  const IntVec n = __builtin_convertvector(x - 0.5f, IntVec);  // rounds, since x <= 0
-  const Vec r = x - __builtin_convertvector(n, Vec);
-  Vec y = Splat(1.52527338e-5f);
-  y = y * r + 1.54035304e-4f;
-  y = y * r + 1.33335581e-3f;
-  y = y * r + 9.61812911e-3f;
-  y = y * r + 5.55041087e-2f;
-  y = y * r + 2.40226507e-1f;
-  y = y * r + 6.93147181e-1f;
-  y = y * r + 1.0f;
-  y *= (Vec)((n + 127) << 23);
-  return tiny ? Vec{} : y;
-}
-
-inline float Exp(float x) { return Exp(Splat(x))[0]; }
-
-inline Vec Tanh(Vec x) {
-  const Vec e = Exp(x < 0.0f ? 2.0f * x : -2.0f * x);
-  const Vec y = (1.0f - e) / (1.0f + e);
-  return x < 0.0f ? -y : y;
-}
-
 // The sum over the lanes, as a tree.
 inline float Sum(Vec v) {
   for (int half = kLanes / 2; half > 0; half /= 2)

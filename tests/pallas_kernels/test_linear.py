@@ -7,7 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kvjax.pallas_kernels import Panels, int8_linear, linear, pack, packs, quantise_rows
+from kvjax.pallas_kernels import (
+    Panels,
+    gate,
+    gated_linear,
+    linear,
+    pack,
+    packs,
+    quantise_rows,
+)
 from tests.pallas_kernels.test_reductions import assert_rows_keep_their_bits
 
 COUNTS = (1, 2, 3, 7, 8, 16, 64, 256)
@@ -42,7 +50,7 @@ def test_a_row_keeps_its_bits_in_every_batch(in_, out, dtype, form):
 def test_an_int8_row_keeps_its_bits_in_every_batch(in_, out, form):
     w, scale = quantise_rows(weights(in_, out))
     w = formed(w, form)
-    assert_rows_keep_their_bits(lambda x: int8_linear(x, w, scale[:, 0]), inputs(512, in_), COUNTS)
+    assert_rows_keep_their_bits(lambda x: linear(x, w, scale[:, 0]), inputs(512, in_), COUNTS)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(np.float32, 1e-5), (jnp.bfloat16, 1e-2)])
@@ -61,14 +69,14 @@ def test_weights_may_have_several_output_axes():
     y = linear(x, w.reshape(6, 8, 64))
     np.testing.assert_array_equal(y.reshape(3, 48), linear(x, w))
     q, scale = quantise_rows(w)
-    y = int8_linear(x, q.reshape(6, 8, 64), scale.reshape(6, 8))
-    np.testing.assert_array_equal(y.reshape(3, 48), int8_linear(x, q, scale[:, 0]))
+    y = linear(x, q.reshape(6, 8, 64), scale.reshape(6, 8))
+    np.testing.assert_array_equal(y.reshape(3, 48), linear(x, q, scale[:, 0]))
 
 
 def test_int8_stays_within_the_rounding_of_its_two_factors():
     w, x = weights(576, 96), inputs(5, 576)
     q, scale = quantise_rows(w)
-    error = np.asarray(int8_linear(x, q, scale[:, 0])) - x @ np.asarray(w).T
+    error = np.asarray(linear(x, q, scale[:, 0])) - x @ np.asarray(w).T
     step_x = np.abs(x).max(-1, keepdims=True) / 127
     step_w = np.abs(np.asarray(w)).max(-1) / 127
     spread = step_x * np.linalg.norm(w, axis=-1) + np.linalg.norm(x, axis=-1)[:, None] * step_w
@@ -93,13 +101,36 @@ def test_packed_weights_of_any_size_give_the_product(rows, in_, out, kind):
         w, scale = quantise_rows(weights(in_, out))
         q, x_scale = quantise_rows(x)
         want = (np.float64(q) * np.float64(x_scale)) @ (np.float64(w) * np.float64(scale)).T
-        y = int8_linear(x, formed(w, "packed"), scale[:, 0], backend="cpu")
+        y = linear(x, formed(w, "packed"), scale[:, 0], backend="cpu")
     else:
         w = weights(in_, out, kind)
         want = np.float64(jnp.asarray(x, kind)) @ np.float64(w).T
         y = linear(x, formed(w, "packed"), backend="cpu")
     assert y.shape == (rows, out)
     np.testing.assert_allclose(y, want, atol=2e-5)
+
+
+@needs_packing
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("half", [96, 40])  # whole panels, or not
+def test_a_gated_product_is_the_product_gated(half, kind, activation):
+    w: Any = weights(70, 2 * half) * 4
+    scale = None
+    if kind == "int8":
+        w, scale = quantise_rows(w)
+        scale = scale.reshape(2, half)
+    w = formed(w.astype(kind).reshape(2, half, 70), "packed")
+    x = inputs(14, 70)
+    y = linear(x, w, scale)
+    gated = gated_linear(x, w, scale, activation=activation)
+    want = gate(y[:, 0], y[:, 1], activation)
+    np.testing.assert_allclose(gated, want, rtol=2e-6, atol=1e-5)
+
+
+def test_gated_weights_of_another_form_are_refused():
+    with pytest.raises(ValueError, match=r"\[2, half, in\], got \(48, 64\)"):
+        gated_linear(inputs(2, 64), weights(64, 48), activation="silu")
 
 
 @needs_packing
@@ -117,7 +148,7 @@ def test_what_is_not_finite_stays_so_and_in_its_row(dtype):
     x = inputs(14, 64)
     x[3, 5], x[9, 63] = np.nan, np.inf
     if dtype == np.int8:
-        y = np.asarray(int8_linear(x, formed(w, "packed"), scale[:, 0]))
+        y = np.asarray(linear(x, formed(w, "packed"), scale[:, 0]))
     else:
         y = np.asarray(linear(x, formed(weights(64, 48, dtype), "packed")))
     bad = [3, 9]

@@ -50,7 +50,7 @@ def test_a_compiler_that_does_not_work_is_refused_with_the_reason(source, monkey
     broken.write_text("#!/bin/sh\nexit 1\n")
     broken.chmod(0o755)
     monkeypatch.setenv("PATH", f"{broken.parent}:/usr/bin:/bin")
-    with pytest.raises(NotImplementedError, match="failed on nothing.cc"):
+    with pytest.raises(NotImplementedError, match=r"failed on nothing\.cc"):
         native.register(source, "kvjax_test_nothing")
 
 
@@ -59,7 +59,7 @@ def test_a_library_that_cannot_be_loaded_is_refused_with_the_reason(source, monk
         raise OSError(f"{path}: failed to map segment from shared object")
 
     monkeypatch.setattr(native.ctypes.cdll, "LoadLibrary", refuse)
-    with pytest.raises(NotImplementedError, match="cannot load nothing.cc: .*failed to map"):
+    with pytest.raises(NotImplementedError, match=r"cannot load nothing\.cc: .*failed to map"):
         native.register(source, "kvjax_test_nothing")
 
 
