@@ -87,7 +87,7 @@ def measure(model: str, dtype: str, rounds: int) -> dict[str, Any]:
     def novel() -> list[list[int]]:
         return [[next(fresh) + 100, *ids] for ids in cut]  # never a common first token
 
-    for _ in range(-(-llm.engine.scheduler.pool.num_pages * 16 // (8 * 256))):
+    for _ in range(-(-llm.engine.scheduler.pool.num_pages * llm.engine.spec.page_size // 2048)):
         _seconds(llm, novel())  # every page was written once: from here on misses evict
 
     found["cache on / off, 0 hits"] = _interleaved(
@@ -98,7 +98,8 @@ def measure(model: str, dtype: str, rounds: int) -> dict[str, Any]:
 
 def _interleaved(rounds: int, a: Callable[[], float], b: Callable[[], float]) -> dict[str, Any]:
     """A B A B; the ratio of each pair, so that drift of the machine cancels."""
-    a(), b()
+    a()
+    b()
     pairs = [(a(), b()) for _ in range(rounds)]
     ratios = sorted(x / y for x, y in pairs)
     return {

@@ -182,7 +182,7 @@ class MLP(nnx.Module):
         down_bias = load.get(f"{prefix}.down_proj.bias", h) if c.mlp_bias else None
         self.gate_up = Linear(load, gate_up, (None, "mlp", None), bias)
         self.down = Linear(load, down, (None, "mlp"), down_bias)
-        self.activation = c.activation
+        self.activation: Activation = c.activation
 
     def __call__(self, x: Float[Array, "tokens hidden"]) -> Float[Array, "tokens hidden"]:
         """Applies the MLP to each token."""

@@ -4,6 +4,7 @@ from typing import Any
 
 from kvjax.errors import UnsupportedModel
 from kvjax.models.config import ModelConfig, RopeConfig
+from kvjax.pallas_kernels import Activation
 
 _SCALINGS = ("none", "linear", "dynamic", "llama3", "yarn", "longrope")
 _ALIASES = {"default": "none", "su": "longrope"}
@@ -40,7 +41,7 @@ def config(hf: dict[str, Any], **differences: Any) -> ModelConfig:
     return ModelConfig(**fields | differences)
 
 
-def activation(name: str) -> str:
+def activation(name: str) -> Activation:
     """Our name of a Hugging Face activation."""
     if name in ("silu", "swish"):
         return "silu"

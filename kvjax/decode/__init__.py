@@ -1,6 +1,6 @@
 """From logits to tokens: pure functions of the jitted step, and the host's side of their state."""
 
-from kvjax.decode.randomness import Purpose, gumbel_noise, request_keys, uniform_noise
+from kvjax.decode.randomness import Purpose, gumbel_noise, request_keys
 from kvjax.decode.rows import GREEDY_BELOW, NUM_STOP_IDS, RowRequest, SamplingRows, pack_rows
 from kvjax.decode.sampling import SampleOutput, draw_tokens, row_argmax, sample, token_logprobs
 from kvjax.decode.stages import (
@@ -15,7 +15,6 @@ from kvjax.decode.state import (
     NUM_BAD_WORDS,
     DecodeState,
     SeatFeatures,
-    clear_seat,
     load_seat,
     record_tokens,
     seat_features,
@@ -34,7 +33,6 @@ __all__ = [
     "SampleOutput",
     "SamplingRows",
     "SeatFeatures",
-    "clear_seat",
     "draw_tokens",
     "gumbel_noise",
     "load_seat",
@@ -48,5 +46,4 @@ __all__ = [
     "seat_features",
     "stage_arguments",
     "token_logprobs",
-    "uniform_noise",
 ]

@@ -48,8 +48,3 @@ def gumbel_noise(keys: Key[Array, " rows"], size: int) -> Float[Array, "rows siz
     uniform = (bits.astype(jnp.float32) + 0.5) * 2.0**-32
     uniform = jnp.minimum(uniform, 1 - 2.0**-24)  # rounding can reach 1, and log1p(-1) is -inf
     return -jnp.log(-jnp.log1p(-uniform))
-
-
-def uniform_noise(keys: Key[Array, " rows"]) -> Float[Array, " rows"]:
-    """One number in [0, 1) per key: what an acceptance test compares with a probability ratio."""
-    return jax.vmap(lambda key: jax.random.uniform(key, (), jnp.float32))(keys)

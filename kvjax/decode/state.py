@@ -23,8 +23,8 @@ class DecodeState:
     """Per-seat state. Donated to, and returned by, every step; the last row is for padding.
 
     A seat's features (everything but `last_tokens`) are read only for rows which say that they use
-    them, so what an earlier request left in a seat does no harm: `load_seat` is needed for
-    requests with `needs_seat_features`, `clear_seat` never (it wipes what a request left).
+    them, so what an earlier request left in a seat does no harm: only requests with
+    `needs_seat_features` need `load_seat`.
     """
 
     last_tokens: Array  # i32[seats + 1]
@@ -119,13 +119,6 @@ def load_seat(
         bad_words=state.bad_words.at[seat].set(features.bad_words),
         history=state.history.at[seat].set(features.history),
     )
-
-
-@partial(jax.jit, donate_argnames="state")
-def clear_seat(state: DecodeState, seat: Int[Array, ""] | int) -> DecodeState:
-    """Wipes what a request left in a seat. Consumes `state`."""
-    empty = _empty_state(1, state.vocab_size)
-    return jax.tree.map(lambda array, clear: array.at[seat].set(clear[0]), state, empty)
 
 
 def record_tokens(

@@ -10,7 +10,6 @@ from kvjax.decode import (
     NUM_STOP_IDS,
     DecodeState,
     RowRequest,
-    clear_seat,
     load_seat,
     pack_rows,
     record_tokens,
@@ -67,7 +66,7 @@ def test_recording_token_by_token_equals_loading_the_whole_output():
         np.testing.assert_array_equal(getattr(mine, name), getattr(expected, name))
 
 
-def test_loading_replaces_and_clearing_wipes_one_seat_only():
+def test_loading_replaces_what_one_seat_held_and_touches_no_other():
     params = SamplingParams(
         temperature=0, logit_bias={3: 2.0}, allowed_token_ids=[3, 4], bad_words=["x"]
     )
@@ -78,8 +77,10 @@ def test_loading_replaces_and_clearing_wipes_one_seat_only():
     assert mine.bias[0].tolist() == [-np.inf] * 3 + [2.0, 0.0] + [-np.inf] * 6
     assert mine.output_counts[0, 3] == 2
     assert mine.bad_words[0, 0, -3:].tolist() == [-1, 5, 6]
-    cleared = host(clear_seat(state, 0))
-    jax.tree.map(np.testing.assert_array_equal, cleared, host(fresh()))
+    plain = host(load_seat(fresh(), 2, seat_features(PENALISED, VOCAB)))
+    assert (mine.output_counts[2] == plain.output_counts[2]).all()
+    assert (mine.bias[2] == plain.bias[2]).all()
+    assert (mine.bias[1] == host(fresh()).bias[1]).all()
 
 
 def test_a_step_and_a_load_update_the_state_in_place():

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kvjax.decode import Purpose, gumbel_noise, request_keys, uniform_noise
+from kvjax.decode import Purpose, gumbel_noise, request_keys
 
 
 def keys_of(seed, branch, position, purpose=Purpose.DRAW):
@@ -61,9 +61,3 @@ def test_noise_reaches_what_32_bits_allow_and_never_infinity():
     ends = -jnp.log(-jnp.log1p(-uniform))
     assert jnp.isfinite(ends).all()
     assert ends[0] > 22.8
-
-
-def test_uniform_noise_lies_in_the_unit_interval():
-    draws = np.concatenate([uniform_noise(keys_of(1, 0, p)) for p in range(50)])
-    assert ((draws >= 0) & (draws < 1)).all()
-    assert len(set(draws.tolist())) == 50

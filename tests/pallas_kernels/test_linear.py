@@ -24,6 +24,10 @@ needs_packing = pytest.mark.skipif(not packs(), reason="no C++ compiler: see tes
 FORMS = ["as it lies", pytest.param("packed", marks=needs_packing)]
 
 
+def wide(x: Any) -> np.ndarray:
+    return np.asarray(x, np.float64)
+
+
 def formed(w: Any, form: str) -> Any:
     return Panels(jnp.asarray(pack(np.asarray(w))), w.shape) if form == "packed" else w
 
@@ -100,11 +104,11 @@ def test_packed_weights_of_any_size_give_the_product(rows, in_, out, kind):
     if kind == "int8":
         w, scale = quantise_rows(weights(in_, out))
         q, x_scale = quantise_rows(x)
-        want = (np.float64(q) * np.float64(x_scale)) @ (np.float64(w) * np.float64(scale)).T
+        want = (wide(q) * wide(x_scale)) @ (wide(w) * wide(scale)).T
         y = linear(x, formed(w, "packed"), scale[:, 0], backend="cpu")
     else:
         w = weights(in_, out, kind)
-        want = np.float64(jnp.asarray(x, kind)) @ np.float64(w).T
+        want = wide(jnp.asarray(x, kind)) @ wide(w).T
         y = linear(x, formed(w, "packed"), backend="cpu")
     assert y.shape == (rows, out)
     np.testing.assert_allclose(y, want, atol=2e-5)
