@@ -3,14 +3,38 @@
 import inspect
 from typing import Any
 
+import jax
 from jax.experimental.pallas import mosaic_gpu
 
 
-def load(ref: Any, layout: Any) -> Any:
-    """The contents of `ref`, laid out in registers as `layout` says."""
+def load(ref: Any, layout: Any, *, optimized: bool = True) -> Any:
+    """The contents of `ref`, laid out in registers as `layout` says.
+
+    `optimized` fails to compile where the loads would be slow.
+    """
     if "idx" in inspect.signature(mosaic_gpu.load).parameters:  # jax 0.10
-        return mosaic_gpu.load(ref, (), layout=layout)
-    return mosaic_gpu.load(ref, layout=layout)
+        return mosaic_gpu.load(ref, (), layout=layout, optimized=optimized)
+    return mosaic_gpu.load(ref, layout=layout, optimized=optimized)
+
+
+def store(ref: Any, value: Any) -> None:
+    """`ref[...] = value`, also where the stores will be slow (jax 0.12 asks to be told)."""
+    if hasattr(mosaic_gpu, "store"):
+        mosaic_gpu.store(ref, value, optimized=False)
+    else:
+        ref[...] = value
+
+
+def in_place(kernel: Any, pool: jax.Array, inputs: tuple[Any, ...], **options: Any) -> jax.Array:
+    """Runs a Mosaic GPU kernel on `pool`, its first argument, which it changes in place.
+
+    Donate the pool to the jitted caller and nothing of its size is copied.
+    """
+    if jax.__version_info__ < (0, 11):
+        raise NotImplementedError(f"gpu: jax {jax.__version__} has no in-place Mosaic GPU kernels")
+    ref = jax.new_ref(pool)
+    mosaic_gpu.kernel(kernel, out_type=(), **options)(ref, *inputs)
+    return jax.freeze(ref)
 
 
 def transposed(ref: Any) -> Any:

@@ -36,9 +36,9 @@ class Warpgroup:
         """A vector in shared memory as one number per column of a score matrix."""
         return ref[...] if self.interpret else load(ref, _WGMMA.reduce(0))
 
-    def matrix(self, ref: Any) -> jax.Array:
+    def matrix(self, ref: Any, *, tiled: bool = True) -> jax.Array:
         """A matrix in shared memory, laid out in registers as an accumulator is."""
-        return ref[...] if self.interpret else load(ref, _WGMMA)
+        return ref[...] if self.interpret else load(ref, _WGMMA, optimized=tiled)
 
     def full(self, shape: tuple[int, ...], value: float) -> jax.Array:
         """A constant matrix, or vector with one number per row."""
@@ -110,16 +110,30 @@ def ahead_of_time() -> Iterator[None]:
         _ahead_of_time.reset(token)
 
 
-def require(interpret: Any = None) -> None:
-    """Raises NotImplementedError where Mosaic GPU kernels cannot run."""
+def require(interpret: Any = None, *, tensor_cores: bool = True) -> None:
+    """Raises NotImplementedError where a Mosaic GPU kernel cannot run.
+
+    Copies by TMA run from Hopper on; WGMMA, the tensor-core instruction used here, on Hopper only.
+    """
     if interpret or _ahead_of_time.get():
         return
     if jax.default_backend() != "gpu":
         raise NotImplementedError(f"gpu: the platform is {jax.default_backend()}")
-    capability = getattr(jax.devices()[0], "compute_capability", None)
-    try:
-        major = int(str(capability).split(".")[0])
-    except ValueError:
-        raise NotImplementedError("gpu: no NVIDIA GPU") from None
-    if major < 9:
+    capability = str(getattr(jax.devices()[0], "compute_capability", ""))
+    major = capability.partition(".")[0]
+    if not major.isdigit():
+        raise NotImplementedError("gpu: no NVIDIA GPU")
+    if int(major) < 9:
         raise NotImplementedError(f"gpu: compute capability {capability} is below 9.0 (Hopper)")
+    if tensor_cores and int(major) > 9:
+        raise NotImplementedError(f"gpu: compute capability {capability} has no WGMMA")
+
+
+def probe() -> None:
+    """`require` for kernels with matrix products, as an operation's probe."""
+    require()
+
+
+def probe_copies() -> None:
+    """`require` for kernels that only copy and rotate."""
+    require(tensor_cores=False)

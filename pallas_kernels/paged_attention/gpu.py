@@ -2,8 +2,13 @@
 
 Two kernels behind one operation. *Decode* takes sequences whose rows fit one warpgroup and cuts
 their keys into splits, which are merged through the log-sum-exp. *Prefill* cuts the rest into tiles
-of query rows. Both copy pages with TMA into a ring of buffers, ahead of the warpgroups that multiply
-(the scheme of FlashAttention-3, arXiv 2407.08608 section 3.1, with pages as the copied boxes).
+of query rows; where there are too few tiles to fill a GPU, as over a prefix that a batch shares,
+their keys are split as well. Both copy pages with TMA into a ring of buffers, ahead of the
+warpgroups that multiply (the scheme of FlashAttention-3, arXiv 2407.08608 section 3.1, with pages
+as the copied boxes).
+
+A row's bits depend on which of the three it went through, which the shapes of a call decide, and on
+nothing else in its batch.
 """
 
 from typing import Any
@@ -21,6 +26,7 @@ from kvjax.pallas_kernels.paged_attention.gpu_decode import attend_splits
 from kvjax.pallas_kernels.paged_attention.gpu_prefill import attend_tiles
 from kvjax.pallas_kernels.tuning import block_sizes
 
+_FEW = 264  # thread blocks: two for each processor of an H100
 _WORDS = 8  # of a tail mask: it is walked word by word in registers
 
 
@@ -123,12 +129,17 @@ class _Call:
 
     def prefill(self, wanted: Array) -> tuple[Array, Array]:
         """Rows of the `wanted` sequences."""
-        walk, _ = self._walk("gpu_prefill", 2)
+        walk, sizes = self._walk("gpu_prefill", 2)
         per_group = hopper.ROWS // self.group
         size = walk.consumers * per_group
         tiles, first = gpu_rows.cut(self.tokens, wanted, size)
         rows = gpu_rows.rows(self.tokens, tiles, walk.consumers, per_group)
-        o, lse = attend_tiles(walk, *rows, self.tables, self.k, self.v)
+        arrays = (*rows, self.tables, self.k, self.v)
+        if tiles.seq.shape[0] * self.k.shape[1] <= _FEW:
+            o, lse = attend_splits(walk, *arrays, split=sizes["split"], num_rows=hopper.ROWS)
+            o, lse = _merge(o, lse)
+        else:
+            o, lse = attend_tiles(walk, *arrays)
         tile = first[self.owner] + self.place // size
         return gpu_rows.collect(o, lse, tile, self.place, self.group, per_group)
 

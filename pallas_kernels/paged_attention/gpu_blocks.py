@@ -75,7 +75,7 @@ class Walk:
 
     @property
     def _o_columns(self) -> int:
-        return math.gcd(self.v_width, 64)
+        return math.gcd(self.v_width, 64 if self.v_width <= 128 else 32)
 
 
 def load_rows(walk: Walk, s: Any, q: Any, lo: Any, hi: Any, tail: Any) -> None:
@@ -316,5 +316,5 @@ def _decode_sizes(*, head_dim: int, page_size: int) -> dict[str, int]:
 
 @rule("paged_attention/gpu_prefill")
 def _prefill_sizes(*, head_dim: int, page_size: int) -> dict[str, int]:
-    wide = head_dim > 128 or page_size == 64  # a page of 64 is one copy either way
-    return {"block": 64 if wide else 128, "stages": 2}
+    del page_size
+    return {"block": 64 if head_dim > 128 else 128, "stages": 2, "split": 1024}

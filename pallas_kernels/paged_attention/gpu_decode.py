@@ -1,4 +1,4 @@
-"""Decode on Mosaic GPU: few query rows per sequence, the keys of each cut into splits."""
+"""Decode on Mosaic GPU: few tiles of query rows, the keys of each cut into splits."""
 
 import types
 from typing import Any
@@ -24,11 +24,12 @@ def attend_splits(
     walk: Walk, q: Any, lo: Any, hi: Any, tail: Any, bounds: Any, tables: Any, k: Any, v: Any, *,
     split: int, num_rows: int,
 ) -> tuple[jax.Array, jax.Array]:  # fmt: skip
-    """Partial attention of every tile of 64 rows over every `split` keys of its sequence.
+    """Partial attention of every tile over every `split` keys of its sequence.
 
     Splits start at multiples of `split` whatever the batch holds, so that a row's bits do not
-    depend on it. `q` is `[tiles, kv_heads, 1, 64, width]`. Returns `o[tiles, kv_heads, splits, 1,
-    num_rows, v_width]`, unwritten where `lse[tiles, kv_heads, splits, 1, 64]` is -inf.
+    depend on it. `q` is `[tiles, kv_heads, consumers, 64, width]`. Returns `o[tiles, kv_heads,
+    splits, consumers, num_rows, v_width]` and `lse[tiles, kv_heads, splits, consumers, 64]`; where
+    a whole split has an lse of -inf, its output is unwritten.
     """
     tiles, kv_heads = q.shape[:2]
     splits = -(-tables.shape[1] * walk.page_size // split)
@@ -48,11 +49,12 @@ def attend_splits(
             o=o.at[tile, head, part], lse=lse.at[tile, head, part], num_rows=num_rows,
         )  # fmt: skip
 
+    shape = (tiles, kv_heads, splits, walk.consumers)
     return plgpu.kernel(
         paged_attention_decode,
         out_type=(
-            jax.ShapeDtypeStruct((tiles, kv_heads, splits, 1, num_rows, walk.v_width), jnp.float32),
-            jax.ShapeDtypeStruct((tiles, kv_heads, splits, 1, ROWS), jnp.float32),
+            jax.ShapeDtypeStruct((*shape, num_rows, walk.v_width), jnp.float32),
+            jax.ShapeDtypeStruct((*shape, ROWS), jnp.float32),
         ),
         scratch_types=walk.scratch(),
         grid=(splits, kv_heads, tiles),

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from kvjax.pallas_kernels.dispatch import Operation
+from kvjax.pallas_kernels.dispatch import Operation, later
 from kvjax.pallas_kernels.page_ops import LayerPages, Pages
 from kvjax.pallas_kernels.reposition import reference, xla
 from kvjax.pallas_kernels.reposition.patches import LowRank, Patch
@@ -25,6 +25,10 @@ _move = Operation(
     {"xla": xla.reposition, "reference": reference.reposition},
     {"reference": "float64 numpy on the host, the specification: only by name, outside jit"},
 )
+_move.register(
+    "gpu", later("kvjax.pallas_kernels.reposition.gpu", "reposition"), platforms=("gpu",)
+)
+_move.probes["gpu"] = later("kvjax.pallas_kernels.hopper", "probe_copies")
 
 
 def reposition(
