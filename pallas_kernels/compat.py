@@ -4,7 +4,9 @@ import inspect
 from typing import Any
 
 import jax
-from jax.experimental.pallas import mosaic_gpu
+from jax.experimental.pallas import mosaic_gpu as _mosaic_gpu
+
+mosaic_gpu: Any = _mosaic_gpu  # its names come and go between versions
 
 
 def load(ref: Any, layout: Any, *, optimized: bool = True) -> Any:
@@ -51,3 +53,10 @@ def interpret_gpu(**params: Any) -> Any:
     from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
 
     return InterpretGPUParams(**params)
+
+
+def gpu_races() -> bool:
+    """Whether the last kernel in the Mosaic GPU interpreter raced (jax 0.10 does not raise)."""
+    from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
+
+    return bool(gpu_callbacks.get_races().races_found)

@@ -16,8 +16,8 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from kvjax.pallas_kernels.compat import mosaic_gpu as plgpu
 from kvjax.pallas_kernels.compat import load, transposed
+from kvjax.pallas_kernels.compat import mosaic_gpu as plgpu
 
 ROWS = 64  # rows of a warpgroup's matrix product
 
@@ -56,7 +56,7 @@ class Warpgroup:
     def scores(self, q: Any, k: Any) -> jax.Array:
         """`q @ k.T` of `q[rows, width]` and `k[keys, width]` in shared memory; float32."""
         if self.interpret:
-            return _dot(q[...], k[...], 1)
+            return _dot(_read(q), _read(k), 1)
 
         def product(acc: Any) -> jax.Array:
             plgpu.wgmma(acc, q, transposed(k))
@@ -64,10 +64,10 @@ class Warpgroup:
 
         return pl.run_scoped(product, plgpu.ACC((q.shape[0], k.shape[0]), jnp.float32))
 
-    def accumulate(self, acc: jax.Array, p: jax.Array, v: Any) -> jax.Array:
+    def accumulate(self, acc: jax.Array, p: jax.Array, v: Any) -> Any:
         """`acc + p @ v` of `p[rows, keys]` in registers and `v[keys, width]` in shared memory."""
         if self.interpret:
-            return acc + _dot(p, v[...], 0)
+            return acc + _dot(p, _read(v), 0)
 
         def product(ref: Any) -> None:
             plgpu.wgmma(ref, p, v)
@@ -81,6 +81,16 @@ class Warpgroup:
 
 
 _WGMMA: Any = plgpu.Layout.WGMMA
+
+
+def _read(ref: Any) -> jax.Array:
+    """Contents of shared memory as if tensor cores had read them, so that TMA may write next.
+
+    They read through the same proxy as TMA; a plain load does not, and needs a fence.
+    """
+    x = ref[...]
+    plgpu.commit_smem()
+    return x
 
 
 def _dot(a: jax.Array, b: jax.Array, axis: int) -> jax.Array:

@@ -48,9 +48,7 @@ def _operation(name: str) -> Operation:
 
 _write, _gather, _copy = map(_operation, ("write_slots", "gather_slots", "copy_pages"))
 _export, _import = map(_operation, ("export_span", "import_span"))
-_copy.register(
-    "gpu", later("kvjax.pallas_kernels.page_ops.gpu", "copy_pages"), platforms=("gpu",)
-)
+_copy.register("gpu", later("kvjax.pallas_kernels.page_ops.gpu", "copy_pages"), platforms=("gpu",))
 _copy.probes["gpu"] = later("kvjax.pallas_kernels.hopper", "probe_copies")
 
 Widths = tuple[int, int | None]  # of keys and values; None: the values are in the keys

@@ -36,7 +36,7 @@ def paged_attention(
     return_lse=False, interpret=None,
 ):  # fmt: skip
     """See `kvjax.pallas_kernels.paged_attention`. `interpret`: run in Mosaic GPU's interpreter."""
-    group = q.shape[1] // pages.k.shape[1]
+    group = q.shape[1] // pages.kv_heads
     _refuse(q, pages, tail_mask, group)
     hopper.require(interpret)
     block_tables, query_starts, kv_lens, lo, hi = jax.tree.map(
@@ -120,11 +120,10 @@ class _Call:
         walk, sizes = self._walk("gpu_decode", 1)
         tiles = gpu_rows.one_per_sequence(self.tokens, wanted)
         rows = gpu_rows.rows(self.tokens, tiles, 1, max_query_len)
-        o, lse = attend_splits(
-            walk, *rows, self.tables, self.k, self.v,
-            split=sizes["split"], num_rows=max_query_len * self.group,
-        )  # fmt: skip
-        o, lse = _merge(o, lse[..., : max_query_len * self.group])
+        arrays: Any = (*rows, self.tables, self.k, self.v)
+        num_rows = max_query_len * self.group
+        o, lse = attend_splits(walk, *arrays, split=sizes["split"], num_rows=num_rows)
+        o, lse = _merge(o, lse[..., :num_rows])
         return gpu_rows.collect(o, lse, self.owner, self.place, self.group, max_query_len)
 
     def prefill(self, wanted: Array) -> tuple[Array, Array]:
@@ -134,7 +133,7 @@ class _Call:
         size = walk.consumers * per_group
         tiles, first = gpu_rows.cut(self.tokens, wanted, size)
         rows = gpu_rows.rows(self.tokens, tiles, walk.consumers, per_group)
-        arrays = (*rows, self.tables, self.k, self.v)
+        arrays: Any = (*rows, self.tables, self.k, self.v)
         if tiles.seq.shape[0] * self.k.shape[1] <= _FEW:
             o, lse = attend_splits(walk, *arrays, split=sizes["split"], num_rows=hopper.ROWS)
             o, lse = _merge(o, lse)

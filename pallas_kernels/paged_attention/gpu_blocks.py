@@ -127,6 +127,12 @@ def load_blocks(
 
             copy(pool, smem, ready, block, stage)
 
+    @pl.loop(jnp.maximum(blocks[0], blocks[1] - walk.stages), blocks[1])
+    def _(block):  # what is still being read: every arrival at a barrier is waited for
+        stage = jax.lax.rem(block - blocks[0], walk.stages)
+        plgpu.barrier_wait(s.k_free.at[stage])
+        plgpu.barrier_wait(s.v_free.at[stage])
+
 
 def attend_blocks(walk: Walk, s: Any, w: Any, kv_len: Any, blocks: Any, dense: Any) -> Any:
     """The running softmax of consumer `w` over the blocks that `load_blocks` brings.
@@ -149,12 +155,12 @@ def attend_blocks(walk: Walk, s: Any, w: Any, kv_len: Any, blocks: Any, dense: A
         scores = g.scores(s.q_smem.at[w], s.k_smem.at[stage])
         plgpu.barrier_arrive(s.k_free.at[stage])
         scores = _capped(scores, walk) * LOG2_E
-        if masked:
-            seen = _visible(walk, s, w, block * walk.block, kv_len)
+        seen = _visible(walk, s, w, block * walk.block, kv_len) if masked else None
+        if seen is not None:
             scores = jnp.where(seen, scores, NEVER)
         new = jnp.maximum(m, scores.max(axis=1))
         p = jnp.exp2(scores - jax.lax.broadcast_in_dim(new, scores.shape, [0]))
-        if masked:  # a row that has seen nothing yet has the maximum NEVER
+        if seen is not None:  # a row that has seen nothing yet has the maximum NEVER
             p = jnp.where(seen, p, 0.0)
         fade = jnp.exp2(m - new)
         l = l * fade + p.sum(axis=1)

@@ -30,7 +30,7 @@ class Tiles(NamedTuple):
 
     seq: Array  # [tiles]
     first: Array  # [tiles]
-    count: Array  # [tiles], tokens of the tile; 0: an unused tile
+    length: Array  # [tiles], tokens of the tile; 0: an unused tile
 
 
 def one_per_sequence(tokens: Tokens, wanted: Array) -> Tiles:
@@ -59,7 +59,7 @@ def rows(tokens: Tokens, tiles: Tiles, consumers: int, per_group: int) -> tuple[
     kv_heads, group, width = tokens.q.shape[1:]
     place = jnp.arange(consumers * per_group, dtype=jnp.int32)
     token = jnp.clip(tiles.first[:, None] + place, 0, total - 1)
-    live = place < tiles.count[:, None]
+    live = place < tiles.length[:, None]
     lo, hi = tokens.lo[token], tokens.hi[token]
     live = live & (lo < hi)
     lo, hi = jnp.where(live, lo, 0), jnp.where(live, hi, 0)
@@ -115,5 +115,3 @@ def owners(starts: Array, total: int) -> Array:
     t = jnp.arange(total, dtype=jnp.int32)
     owner = jnp.searchsorted(starts, t, side="right").astype(jnp.int32) - 1
     return jnp.clip(owner, 0, starts.shape[0] - 2)
-
-

@@ -176,24 +176,28 @@ def cases() -> Iterator[tuple[str, Callable[[Target], dict[str, Any]]]]:
         if model == "Llama-3-8B":
             yield f"decode {model}", functools.partial(attention, model=model, **decode)
         else:
-            yield f"decode {model}", functools.partial(
-                attention, model=model, **decode | {"seqs": 16, "tokens": 16}
+            yield (
+                f"decode {model}",
+                functools.partial(attention, model=model, **decode | {"seqs": 16, "tokens": 16}),
             )
-        yield f"prefill {model}", functools.partial(
-            attention, model=model, seqs=8, tokens=1024, max_query_len=None
+        yield (
+            f"prefill {model}",
+            functools.partial(attention, model=model, seqs=8, tokens=1024, max_query_len=None),
         )
         yield f"copy_pages {model}", functools.partial(page_copy, model=model)
         yield f"rotary_shift {model}", functools.partial(rotary_shift, model=model)
     llama = functools.partial(attention, model="Llama-3-8B", seqs=8, tokens=512)
-    yield "mask, cap, sinks", functools.partial(
-        llama, max_query_len=None, words=2, sinks=True, soft_cap=30.0
+    yield (
+        "mask, cap, sinks",
+        functools.partial(llama, max_query_len=None, words=2, sinks=True, soft_cap=30.0),
     )
     yield "tree of 16", functools.partial(llama, tokens=128, max_query_len=16, words=1)
     yield "bfloat16 pool", functools.partial(llama, max_query_len=None, bits=False)
     for page_size in (16, 32, 128):
         pages = 16384 * 64 // page_size
-        yield f"pages of {page_size}", functools.partial(
-            llama, max_query_len=None, page_size=page_size, num_pages=pages
+        yield (
+            f"pages of {page_size}",
+            functools.partial(llama, max_query_len=None, page_size=page_size, num_pages=pages),
         )
     for width in (80, 96, 192):
         yield f"head_dim {width}", functools.partial(llama, max_query_len=None, width=width)
