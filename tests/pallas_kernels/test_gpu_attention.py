@@ -121,20 +121,23 @@ def test_interpreted_splits_and_whole_walks_give_the_same(monkeypatch):
 
 @INTERPRETED
 @pytest.mark.slow
-@pytest.mark.parametrize("skipped", [1, 3], ids=["keys", "values"])
-def test_a_missing_wait_for_a_copy_is_a_race(skipped, monkeypatch):
-    """A planted bug: of the rows, the keys, a free buffer and the values, one is not waited for."""
-    wait, calls = gpu_blocks.plgpu.barrier_wait, []
+@pytest.mark.parametrize("barrier", ["k_ready", "v_ready"])
+def test_a_missing_wait_for_a_copy_is_a_race(barrier, monkeypatch):
+    """A planted bug: keys or values are multiplied before their copies have landed."""
+    wait, attend_blocks, forgotten = gpu_blocks.plgpu.barrier_wait, gpu_blocks.attend_blocks, []
 
-    def forgetful(barrier):
-        calls.append(barrier)
-        if len(calls) - 1 != order[skipped]:
-            wait(barrier)
+    def forgetful(ref):
+        if not any(getattr(ref, "ref", ref) is each for each in forgotten):
+            wait(ref)
 
-    order = {1: 3, 3: 4}  # of the waits in the order of tracing: two for free buffers come first
+    def planted(walk, s, *rest):
+        forgotten.append(getattr(s, barrier))
+        return attend_blocks(walk, s, *rest)
+
     monkeypatch.setattr(gpu_blocks.plgpu, "barrier_wait", forgetful)
+    monkeypatch.setattr(gpu_blocks, "attend_blocks", planted)
     p = problem(1, SMALL, [(70, causal(70, 1))], pages_per_seq=5, bfloat16=True)
-    with pytest.raises((AssertionError, RuntimeError), match=r"gpu_races|[Rr]ace"):
+    with pytest.raises((AssertionError, RuntimeError), match=r"gpu_races|RACE"):
         interpreted(p, max_query_len=1)
 
 
