@@ -29,6 +29,13 @@ class LayerPages(NamedTuple):
         return self.k.shape[0]
 
 
+class PackedPages(NamedTuple):
+    """One layer's KV pages, packed layout of a TPU (`packed.py`)."""
+
+    kv: Array  # [pages, kv_heads, page_size, lanes]
+    scale: Array | None = None  # float32 [pages, rows, slots]
+
+
 def decode_dtype(pages: LayerPages) -> jnp.dtype:
     """The dtype of the numbers in `pages` (bfloat16 where the array holds its bits)."""
     return jnp.dtype(jnp.bfloat16) if pages.k.dtype == jnp.uint16 else jnp.dtype(pages.k.dtype)
