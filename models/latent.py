@@ -14,7 +14,7 @@ from kvjax.cache.pages import KVView
 from kvjax.models.layers import Linear, RMSNorm
 from kvjax.models.loading import Loader
 from kvjax.models.rope import rotate
-from kvjax.pallas_kernels import LayerPages, paged_attention, write_slots
+from kvjax.pallas_kernels import Pages, paged_attention, write_slots
 
 _LATENT_NORM_EPS = 1e-6  # of the norms on latents, whatever the configuration says of the others
 
@@ -57,12 +57,12 @@ class LatentAttention(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "tokens hidden"],
-        pages: LayerPages,
+        pages: Pages,
         cos_sin: Float[Array, "tokens 2 half"],
         query_starts: Array,
         view: KVView,
         max_query_len: int | None,
-    ) -> tuple[Array, LayerPages]:
+    ) -> tuple[Array, Pages]:
         """Writes the tokens' latents to their slots, then attends. Consumes `pages`."""
         tokens = x.shape[0]
         q = self.q(x if self.q_a is None or self.q_a_norm is None else self.q_a_norm(self.q_a(x)))

@@ -17,7 +17,7 @@ from kvjax.models.loading import Loader
 from kvjax.models.rope import rotate
 from kvjax.models.sharding import Sharding
 from kvjax.pallas_kernels import (
-    LayerPages,
+    Pages,
     int8_linear,
     linear,
     paged_attention,
@@ -98,12 +98,12 @@ class Attention(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "tokens hidden"],
-        pages: LayerPages,
+        pages: Pages,
         cos_sin: Float[Array, "tokens 2 half"],
         query_starts: Array,
         view: KVView,
         max_query_len: int | None,
-    ) -> tuple[Array, LayerPages]:
+    ) -> tuple[Array, Pages]:
         """Writes the tokens' KV to their slots, then attends. Consumes `pages`."""
         qkv = self.qkv(x)  # [tokens, kv_heads, group + 2, d]
         tokens, kv_heads, _, d = qkv.shape
@@ -165,7 +165,7 @@ class MLP(nnx.Module):
 
 def _write_and_attend(
     q, k, v, pages, query_starts, view: KVView, *, scale, soft_cap, max_query_len
-) -> tuple[Array, LayerPages]:
+) -> tuple[Array, Pages]:
     pages = write_slots(pages, k, v, view.write_slots)
     out = paged_attention(
         q, pages, view.block_tables, query_starts, view.kv_lens, view.visible_lo, view.visible_hi,
@@ -179,12 +179,12 @@ def _over_heads(sharding: Sharding, fn, kv_heads: int):
     if sharding.mesh is None:
         return fn
     spec = sharding.spec((None, "kv_heads", None), (1, kv_heads, 1))
-    pool = P(None, *spec[1:2])
+    pool = P(None, *spec[1:2])  # of every array of the pages: heads are their second axis
     return jax.shard_map(
         fn,
         mesh=sharding.mesh,
-        in_specs=(spec, spec, spec, LayerPages(pool, pool), P(), P()),  # type: ignore[arg-type]
-        out_specs=(spec, LayerPages(pool, pool)),  # type: ignore[arg-type]
+        in_specs=(spec, spec, spec, pool, P(), P()),
+        out_specs=(spec, pool),
         check_vma=False,
     )
 

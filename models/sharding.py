@@ -42,9 +42,9 @@ class Sharding:
         return None if self.mesh is None else NamedSharding(self.mesh, self.spec(axes, shape))
 
     def pages(self, shape: tuple[int, ...]) -> NamedSharding:
-        """Where a pool `[pages, kv_heads, page_size, width]` lies; one head (latent) is whole."""
+        """Where a pool `[pages, kv_heads, page_size, ..]` lies; one head (latent) is whole."""
         assert self.mesh is not None
-        axes = (None, "kv_heads" if shape[1] > 1 else None, None, None)
+        axes = (None, "kv_heads" if shape[1] > 1 else None, *(None,) * (len(shape) - 2))
         return NamedSharding(self.mesh, self.spec(axes, shape))
 
     def replicate(self, x: jax.Array) -> jax.Array:

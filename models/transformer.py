@@ -18,7 +18,7 @@ from kvjax.models.latent import LatentAttention
 from kvjax.models.layers import MLP, Attention, Linear, RMSNorm
 from kvjax.models.loading import Loader
 from kvjax.models.rope import rope_table
-from kvjax.pallas_kernels import LayerPages
+from kvjax.pallas_kernels import Pages
 
 
 class Embedding(nnx.Module):
@@ -63,12 +63,12 @@ class DecoderLayer(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "tokens hidden"],
-        pages: LayerPages,
+        pages: Pages,
         cos_sin: Float[Array, "tokens 2 half"],
         query_starts: Array,
         view: KVView,
         max_query_len: int | None,
-    ) -> tuple[Array, LayerPages]:
+    ) -> tuple[Array, Pages]:
         """One layer. Consumes `pages`."""
         with jax.named_scope("attention"):
             out, pages = self.attention(

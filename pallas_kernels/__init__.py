@@ -1,28 +1,59 @@
 """Operations on paged KV: arrays in, arrays out. Imports jax and numpy, never the rest of kvjax.
 
-Names used by every operation: `pages` is one layer's `LayerPages`; a *slot* is `page * page_size +
-offset`; `block_tables[S, P]` holds the page ids of S sequences in sequence order; a query token
-attends to the *indices* in `[visible_lo, visible_hi)` of its own sequence.
+Names used by every operation: `pages` is one layer's KV, `LayerPages` or `PackedPages`; a *slot* is
+`page * page_size + offset`; `block_tables[S, P]` holds the page ids of S sequences in sequence
+order; a query token attends to the *indices* in `[visible_lo, visible_hi)` of its own sequence.
 """
 
+from kvjax.pallas_kernels.attention_mass import AttentionMass, attention_mass
+from kvjax.pallas_kernels.cascade_attention import cascade_attention
 from kvjax.pallas_kernels.dispatch import OPERATIONS, Operation
 from kvjax.pallas_kernels.linear import int8_linear, linear, quantise_rows
-from kvjax.pallas_kernels.page_ops import LayerPages, copy_pages, gather_slots, write_slots
+from kvjax.pallas_kernels.merge_states import merge_states
+from kvjax.pallas_kernels.page_ops import (
+    KVSpan,
+    LayerPages,
+    PackedPages,
+    Pages,
+    copy_pages,
+    export_span,
+    gather_slots,
+    import_span,
+    pack_pages,
+    split_pages,
+    write_slots,
+)
 from kvjax.pallas_kernels.paged_attention import paged_attention
 from kvjax.pallas_kernels.reductions import row_mean_square, row_sum, steady_exp
+from kvjax.pallas_kernels.reposition import LowRank, reposition, rotary_shift, rotary_tables
 
 __all__ = [
     "OPERATIONS",
+    "AttentionMass",
+    "KVSpan",
     "LayerPages",
+    "LowRank",
     "Operation",
+    "PackedPages",
+    "Pages",
+    "attention_mass",
+    "cascade_attention",
     "copy_pages",
+    "export_span",
     "gather_slots",
+    "import_span",
     "int8_linear",
     "linear",
+    "merge_states",
+    "pack_pages",
     "paged_attention",
     "quantise_rows",
+    "reposition",
+    "rotary_shift",
+    "rotary_tables",
     "row_mean_square",
     "row_sum",
+    "split_pages",
     "steady_exp",
     "write_slots",
 ]

@@ -2,13 +2,13 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-from kvjax.pallas_kernels import LayerPages, copy_pages
+from kvjax.pallas_kernels import LayerPages, Pages, copy_pages
 
 KVKind = Literal["full", "sliding", "latent"]
 
@@ -27,19 +27,42 @@ class KVGroup:
 
     def page_shapes(self, num_pages: int, page_size: int) -> LayerPages:
         """Shapes and storage dtypes of one layer's pages, as `jax.ShapeDtypeStruct`."""
-        dtype = storage_dtype(self.dtype)
 
-        def pool(width: int) -> jax.ShapeDtypeStruct:
-            return jax.ShapeDtypeStruct((num_pages, self.num_kv_heads, page_size, width), dtype)
+        def pool(width: int) -> Any:
+            shape = (num_pages, self.num_kv_heads, page_size, width)
+            return jax.ShapeDtypeStruct(shape, storage_dtype(self.dtype)) if width else None
 
-        return LayerPages(pool(self.k_width), pool(self.v_width) if self.v_width else None)  # type: ignore[arg-type]
+        def scale(width: int) -> Any:
+            shape = (num_pages, self.num_kv_heads, page_size)
+            scaled = width and self.scale_bytes
+            return jax.ShapeDtypeStruct(shape, jnp.float32) if scaled else None
+
+        return LayerPages(
+            pool(self.k_width), pool(self.v_width), scale(self.k_width), scale(self.v_width)
+        )
+
+    @property
+    def scale_bytes(self) -> int:
+        """Bytes of the scale that each key and each value of a head has; 0 without scales."""
+        return 4 if self.dtype in SCALED else 0
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes that one token takes in all layers of the group."""
+        numbers = (self.k_width + self.v_width) * storage_dtype(self.dtype).itemsize
+        scales = self.scale_bytes * (2 if self.v_width else 1)
+        return len(self.layers) * self.num_kv_heads * (numbers + scales)
+
+
+STORAGE = {"float32": "float32", "bfloat16": "uint16", "int8": "int8", "float8_e4m3fn": "uint8"}
+SCALED = ("int8", "float8_e4m3fn")  # with a float32 scale per slot and head
 
 
 def storage_dtype(dtype: str) -> jnp.dtype:
-    """What pages of `dtype` are held as: bfloat16 as its bits, which XLA:CPU never converts."""
-    if dtype not in ("float32", "bfloat16"):
-        raise ValueError(f"KV dtype must be float32 or bfloat16, got {dtype!r}")
-    return jnp.dtype(jnp.uint16 if dtype == "bfloat16" else dtype)
+    """What pages of `dtype` are held as: floats that XLA:CPU would convert, as their bits."""
+    if dtype not in STORAGE:
+        raise ValueError(f"KV dtype must be one of {list(STORAGE)}, got {dtype!r}")
+    return jnp.dtype(STORAGE[dtype])
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -68,15 +91,8 @@ class KVSpec:
         return tuple(table[layer] for layer in range(self.num_layers))
 
     def group_bytes(self, num_tokens: int) -> tuple[int, ...]:
-        """Bytes that the KV of `num_tokens` tokens takes in each group."""
-        return tuple(
-            num_tokens
-            * len(g.layers)
-            * g.num_kv_heads
-            * (g.k_width + g.v_width)
-            * storage_dtype(g.dtype).itemsize
-            for g in self.groups
-        )
+        """Bytes that the KV of `num_tokens` tokens takes in each group, scales included."""
+        return tuple(num_tokens * group.token_bytes for group in self.groups)
 
     def bytes(self, num_tokens: int) -> int:
         """Bytes that the KV of `num_tokens` tokens takes."""
@@ -96,7 +112,7 @@ class KVPages:
     Page `p` of every group belongs to the same tokens, so one block table serves all groups.
     """
 
-    layers: tuple[LayerPages, ...]
+    layers: tuple[Pages, ...]
 
     @staticmethod
     def abstract(spec: KVSpec, num_pages: int) -> "KVPages":

@@ -1,95 +1,186 @@
-"""Moving KV between tokens and pages: `write_slots`, `gather_slots`, `copy_pages`."""
+"""Moving KV between tokens, pages and the world outside.
 
-from typing import NamedTuple
+`write_slots`, `gather_slots` and `copy_pages` move numbers; `export_span` and `import_span` move
+what is stored, bit for bit. Every function that changes pages consumes them: donate `pages` to the
+jitted caller and the update is in place.
+"""
 
-import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from kvjax.pallas_kernels.dispatch import Operation
+from kvjax.pallas_kernels.page_ops import reference, xla
+from kvjax.pallas_kernels.page_ops.packing import pack_pages, packed_width, split_pages
+from kvjax.pallas_kernels.page_ops.pages import (
+    KVSpan,
+    LayerPages,
+    PackedPages,
+    Pages,
+    decode_dtype,
+    stored_dtype,
+)
+
+__all__ = [
+    "KVSpan",
+    "LayerPages",
+    "PackedPages",
+    "Pages",
+    "copy_pages",
+    "decode_dtype",
+    "export_span",
+    "gather_slots",
+    "import_span",
+    "pack_pages",
+    "packed_width",
+    "split_pages",
+    "stored_dtype",
+    "write_slots",
+]
 
 
-class LayerPages(NamedTuple):
-    """One layer's KV pages, split layout. `uint16` arrays hold the bits of bfloat16.
-
-    XLA:CPU (jax 0.10) converts a whole bfloat16 pool around a scatter; integers stay in place.
-    `v` is None where values are the leading channels of the keys (latent attention).
-    """
-
-    k: Array  # [pages, kv_heads, page_size, k_width]
-    v: Array | None  # [pages, kv_heads, page_size, v_width]
-
-    @property
-    def page_size(self) -> int:
-        """Slots per page."""
-        return self.k.shape[2]
-
-    @property
-    def num_pages(self) -> int:
-        """Pages in the pool."""
-        return self.k.shape[0]
+def _operation(name: str) -> Operation:
+    return Operation(
+        f"page_ops.{name}",
+        {"*": ("xla",)},
+        {"xla": getattr(xla, name), "reference": getattr(reference, name)},
+        {"reference": "numpy on the host, the specification: only by name, outside jit"},
+    )
 
 
-class PackedPages(NamedTuple):
-    """One layer's KV pages, packed layout of a TPU (`packed.py`)."""
+_write, _gather, _copy = map(_operation, ("write_slots", "gather_slots", "copy_pages"))
+_export, _import = map(_operation, ("export_span", "import_span"))
 
-    kv: Array  # [pages, kv_heads, page_size, lanes]
-    scale: Array | None = None  # float32 [pages, rows, slots]
-
-
-def decode_dtype(pages: LayerPages) -> jnp.dtype:
-    """The dtype of the numbers in `pages` (bfloat16 where the array holds its bits)."""
-    return jnp.dtype(jnp.bfloat16) if pages.k.dtype == jnp.uint16 else jnp.dtype(pages.k.dtype)
-
-
-_write = Operation("page_ops.write_slots", {"*": ("xla",)})
-_gather = Operation("page_ops.gather_slots", {"*": ("xla",)})
-_copy = Operation("page_ops.copy_pages", {"*": ("xla",)})
+Widths = tuple[int, int | None]  # of keys and values; None: the values are in the keys
 
 
 def write_slots(
-    pages: LayerPages,
+    pages: Pages,
     k: Float[Array, "tokens kv_heads k_width"],
     v: Float[Array, "tokens kv_heads v_width"] | None,
     slots: Int[Array, " tokens"],
     *,
     backend: str | None = None,
-) -> LayerPages:
+) -> Pages:
     """Writes new keys and values to their slots; a slot of -1 is padding and is dropped.
 
-    Donate `pages` to the jitted caller and the write is in place. Two tokens never share a slot.
+    Numbers are rounded to what the pages hold; int8 and float8 pages get a scale per slot and head
+    (`page_ops.quantise`). Two tokens never share a slot. Consumes `pages`.
+
+    Raises:
+      ValueError: shapes that do not fit each other, or values for pages that hold none.
     """
-    if slots.shape != k.shape[:1]:
-        raise ValueError(f"expected one slot per token, got {slots.shape=} {k.shape=}")
-    if (v is None) != (pages.v is None):
-        raise ValueError(f"values given: {v is not None}, pages hold values: {pages.v is not None}")
+    _check_rows(pages, k, v, slots)
     return _write(pages, k, v, slots, backend=backend)
 
 
 def gather_slots(
-    pages: LayerPages, slots: Int[Array, " tokens"], *, backend: str | None = None
+    pages: Pages,
+    slots: Int[Array, " tokens"],
+    *,
+    widths: Widths | None = None,
+    backend: str | None = None,
 ) -> tuple[Array, Array | None]:
-    """Keys and values at `slots`, `[tokens, kv_heads, width]`; a slot of -1 gives zeros."""
-    return _gather(pages, slots, backend=backend)
+    """Keys and values at `slots`, `[tokens, kv_heads, width]`; a slot of -1 gives zeros.
+
+    bfloat16 from bfloat16 pages, float32 otherwise. Packed pages need `widths`.
+
+    Raises:
+      ValueError: `slots` is not a vector, or packed pages without `widths`.
+    """
+    return _gather(pages, _vector("slots", slots), _widths(pages, widths), backend=backend)
 
 
 def copy_pages(
-    pages: LayerPages,
+    pages: Pages,
     src: Int[Array, " n"],
     dst: Int[Array, " n"],
     *,
     backend: str | None = None,
-) -> LayerPages:
+) -> Pages:
     """Copies whole pages `src[i]` to `dst[i]` (copy-on-write); a `dst` of -1 is dropped.
 
-    All sources are read before any destination is written. Donate `pages` for an update in place.
+    All sources are read before any destination is written. No two destinations are equal. Consumes
+    `pages`.
+
+    Raises:
+      ValueError: `src` and `dst` are not vectors of one length.
     """
-    if src.shape != dst.shape:
+    if src.shape != dst.shape or len(src.shape) != 1:
         raise ValueError(f"expected as many sources as destinations, got {src.shape=} {dst.shape=}")
     return _copy(pages, src, dst, backend=backend)
 
 
-from kvjax.pallas_kernels.page_ops import reference, xla  # noqa: E402  (they need LayerPages)
+def export_span(
+    pages: Pages,
+    slots: Int[Array, " tokens"],
+    *,
+    widths: Widths | None = None,
+    backend: str | None = None,
+) -> KVSpan:
+    """What is stored at `slots`, in their order, contiguous and with its scales; -1 gives zeros.
 
-for _op, _name in ((_write, "write_slots"), (_gather, "gather_slots"), (_copy, "copy_pages")):
-    _op.implementations |= {"xla": getattr(xla, _name), "reference": getattr(reference, _name)}
-    _op.notes["reference"] = "numpy on the host, the specification: only by name, outside jit"
+    Neither dequantises nor rounds: `import_span` of the result restores every bit. Packed pages
+    need `widths`; the result does not depend on the layout.
+
+    Raises:
+      ValueError: `slots` is not a vector, or packed pages without `widths`.
+    """
+    return _export(pages, _vector("slots", slots), _widths(pages, widths), backend=backend)
+
+
+def import_span(
+    pages: Pages, span: KVSpan, slots: Int[Array, " tokens"], *, backend: str | None = None
+) -> Pages:
+    """Stores an exported span at `slots`, bit for bit; a slot of -1 is dropped. Consumes `pages`.
+
+    Raises:
+      ValueError: the span's dtype, widths or scales are not those of the pages.
+    """
+    _check_rows(pages, span.k, span.v, slots)
+    physical = (pages.k if isinstance(pages, LayerPages) else pages.kv).dtype
+    if span.k.dtype != physical or (span.k_scale is None) == pages.quantised:
+        raise ValueError(
+            f"the span holds {span.k.dtype} (scales: {span.k_scale is not None}), the pages "
+            f"{physical} (scales: {pages.quantised})"
+        )
+    return _import(pages, span, slots, backend=backend)
+
+
+def _check_rows(pages: Pages, k, v, slots) -> None:
+    """Keys and values of tokens fit each other, their slots and the pages."""
+    if slots.shape != k.shape[:1]:
+        raise ValueError(f"expected one slot per token, got {slots.shape=} {k.shape=}")
+    if k.ndim != 3 or k.shape[1] != pages.kv_heads:
+        raise ValueError(f"keys must be [tokens, {pages.kv_heads}, width], got {k.shape=}")
+    if v is not None and v.shape[:2] != k.shape[:2]:
+        raise ValueError(f"keys and values differ in tokens or heads: {k.shape=} {v.shape=}")
+    if isinstance(pages, LayerPages):
+        if (v is None) != (pages.v is None):
+            raise ValueError(
+                f"values given: {v is not None}, pages hold values: {pages.v is not None}"
+            )
+        held = (pages.k.shape[3], None if pages.v is None else pages.v.shape[3])
+        if (k.shape[2], None if v is None else v.shape[2]) != held:
+            raise ValueError(f"pages hold widths {held}, got {k.shape=} v.shape={_shape(v)}")
+        return
+    half = pages.kv.shape[3] // (1 if v is None else 2)
+    if k.shape[2] > half or (v is not None and v.shape[2] > half):
+        raise ValueError(f"{pages.kv.shape[3]} lanes do not hold {k.shape=} v.shape={_shape(v)}")
+
+
+def _shape(x) -> tuple[int, ...] | None:
+    return None if x is None else x.shape
+
+
+def _vector(name: str, x):
+    if len(x.shape) != 1:
+        raise ValueError(f"{name} must be a vector, got shape {x.shape}")
+    return x
+
+
+def _widths(pages: Pages, widths: Widths | None) -> Widths:
+    """The widths of keys and values; split pages know theirs."""
+    if isinstance(pages, LayerPages):
+        return pages.k.shape[3], None if pages.v is None else pages.v.shape[3]
+    if widths is None:
+        raise ValueError(f"packed pages of {pages.kv.shape[3]} lanes need widths=(keys, values)")
+    return widths

@@ -1,58 +1,87 @@
-"""Page operations as XLA gathers and scatters: any platform, in place when donated."""
+"""Page operations as XLA gathers and scatters: any platform, either layout, in place when donated.
+
+*Rows* are page contents of tokens: the pages' own tuple type with arrays `[tokens, kv_heads, ..]`.
+"""
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from kvjax.pallas_kernels.page_ops import LayerPages
-
-
-def _encode(x: Array, dtype: jnp.dtype) -> Array:
-    if dtype == jnp.uint16:
-        return jax.lax.bitcast_convert_type(x.astype(jnp.bfloat16), jnp.uint16)
-    return x.astype(dtype)
-
-
-def decode(x: Array) -> Array:
-    """Numbers of gathered page contents: bfloat16 where the array holds its bits."""
-    return jax.lax.bitcast_convert_type(x, jnp.bfloat16) if x.dtype == jnp.uint16 else x
+from kvjax.pallas_kernels.page_ops.pages import KVSpan, LayerPages, PackedPages, Pages
+from kvjax.pallas_kernels.page_ops.quantise import decode, encode
 
 
 def _past_the_end(ids: Array, size: int) -> Array:
     return jnp.where(ids < 0, size, ids)  # so that mode="drop" drops it
 
 
-def write_slots(pages: LayerPages, k: Array, v: Array | None, slots: Array) -> LayerPages:
+def write_slots(pages: Pages, k: Array, v: Array | None, slots: Array) -> Pages:
     """See `kvjax.pallas_kernels.write_slots`."""
-    slots = _past_the_end(slots, pages.num_pages * pages.page_size)
-    page, offset = slots // pages.page_size, slots % pages.page_size
+    physical = pages.k.dtype if isinstance(pages, LayerPages) else pages.kv.dtype
+    k, k_scale = encode(jnp.asarray(k), physical)
+    v_scale = None
+    if v is not None:
+        v, v_scale = encode(jnp.asarray(v), physical)
+    return import_span(pages, KVSpan(k, v, k_scale, v_scale), slots)
 
-    def scatter(pool: Array, new: Array) -> Array:
-        return pool.at[page, :, offset].set(_encode(new, pool.dtype), mode="drop")
 
-    return LayerPages(scatter(pages.k, k), None if v is None else scatter(_some(pages.v), v))
-
-
-def gather_slots(pages: LayerPages, slots: Array) -> tuple[Array, Array | None]:
+def gather_slots(pages: Pages, slots: Array, widths) -> tuple[Array, Array | None]:
     """See `kvjax.pallas_kernels.gather_slots`."""
+    span = export_span(pages, slots, widths)
+    v = None if span.v is None else decode(span.v, span.v_scale)
+    return decode(span.k, span.k_scale), v
+
+
+def copy_pages(pages: Pages, src: Array, dst: Array) -> Pages:
+    """See `kvjax.pallas_kernels.copy_pages`."""
+    dst = _past_the_end(dst, pages.num_pages)
+    return jax.tree.map(lambda pool: pool.at[dst].set(pool[src], mode="drop"), pages)
+
+
+def export_span(pages: Pages, slots: Array, widths) -> KVSpan:
+    """See `kvjax.pallas_kernels.export_span`."""
+    rows = load_rows(pages, slots)
+    if isinstance(rows, LayerPages):
+        return KVSpan(*rows)
+    k_width, v_width = widths
+    scale = (None, None) if rows.scale is None else (rows.scale[..., 0], rows.scale[..., 1])
+    if v_width is None:
+        return KVSpan(rows.kv[..., :k_width], None, scale[0], None)
+    half = rows.kv.shape[-1] // 2
+    return KVSpan(rows.kv[..., :k_width], rows.kv[..., half : half + v_width], *scale)
+
+
+def import_span(pages: Pages, span: KVSpan, slots: Array) -> Pages:
+    """See `kvjax.pallas_kernels.import_span`."""
+    if isinstance(pages, LayerPages):
+        return store_rows(pages, LayerPages(*span), slots)
+    parts = [span.k] if span.v is None else [span.k, span.v]
+    half = pages.kv.shape[3] // len(parts)
+    kv = jnp.concatenate(
+        [jnp.pad(x, ((0, 0), (0, 0), (0, half - x.shape[2]))) for x in parts], axis=-1
+    )
+    scale = None
+    if span.k_scale is not None:
+        v_scale = jnp.ones_like(span.k_scale) if span.v_scale is None else span.v_scale
+        scale = jnp.stack([span.k_scale, v_scale], axis=-1)
+    return store_rows(pages, PackedPages(kv, scale), slots)
+
+
+def load_rows(pages: Pages, slots: Array) -> Pages:
+    """Rows of the pages at `slots`, with zeros for a slot of -1."""
     page, offset = slots // pages.page_size, slots % pages.page_size
 
     def gather(pool: Array) -> Array:
-        return jnp.where(slots[:, None, None] < 0, 0, decode(pool[page, :, offset]))
+        rows = pool[page, :, offset]
+        return jnp.where((slots < 0).reshape(-1, *(1,) * (rows.ndim - 1)), 0, rows)
 
-    return gather(pages.k), None if pages.v is None else gather(pages.v)
-
-
-def copy_pages(pages: LayerPages, src: Array, dst: Array) -> LayerPages:
-    """See `kvjax.pallas_kernels.copy_pages`."""
-    dst = _past_the_end(dst, pages.num_pages)
-
-    def copy(pool: Array) -> Array:
-        return pool.at[dst].set(pool[src], mode="drop")
-
-    return LayerPages(copy(pages.k), None if pages.v is None else copy(pages.v))
+    return jax.tree.map(gather, pages)
 
 
-def _some(x: Array | None) -> Array:
-    assert x is not None
-    return x
+def store_rows(pages: Pages, rows: Pages, slots: Array) -> Pages:
+    """Pages with `rows` at `slots`; a slot of -1 is dropped."""
+    slots = _past_the_end(slots, pages.num_pages * pages.page_size)
+    page, offset = slots // pages.page_size, slots % pages.page_size
+    return jax.tree.map(
+        lambda pool, new: pool.at[page, :, offset].set(new, mode="drop"), pages, rows
+    )

@@ -8,12 +8,14 @@ recompute, block diffusion, prefix-LM and trees differ in these integers and in 
 from typing import Any
 
 import jax
-import numpy as np
 from jaxtyping import Array, Float, Int, UInt32
 
 from kvjax.pallas_kernels.dispatch import Operation
-from kvjax.pallas_kernels.page_ops import LayerPages
+from kvjax.pallas_kernels.page_ops import Pages
 from kvjax.pallas_kernels.paged_attention import cpu, reference, xla
+from kvjax.pallas_kernels.paged_attention.arguments import check_arguments
+
+__all__ = ["check_arguments", "paged_attention"]
 
 _attend = Operation(
     "paged_attention",
@@ -30,7 +32,7 @@ _attend = Operation(
 
 def paged_attention(
     q: Float[Array, "tokens q_heads k_width"],
-    pages: LayerPages,
+    pages: Pages,
     block_tables: Int[Array, "seqs pages_per_seq"],
     query_starts: Int[Array, " seqs_plus_1"],
     kv_lens: Int[Array, " seqs"],
@@ -57,6 +59,7 @@ def paged_attention(
       soft_cap: scores become `soft_cap * tanh(score / soft_cap)`.
       sinks: one learned score per head that takes part in the softmax and adds no value.
       value_width: latent attention: values are the leading `value_width` channels of the keys.
+        It is what tells packed latent pages from packed keys and values.
       max_query_len: static bound on the tokens per sequence; 1 selects the decode body alone.
       return_lse: also return the log-sum-exp of each row, `[tokens, q_heads]`.
 
@@ -67,28 +70,8 @@ def paged_attention(
       ValueError: shapes that contradict each other, while tracing.
       ExceptionGroup: no backend accepts the inputs; it holds every reason.
     """
-    tokens, q_heads, k_width = q.shape
-    kv_heads = pages.k.shape[1]
-    if q_heads % kv_heads:
-        raise ValueError(f"{q_heads} query heads are not a multiple of {kv_heads} KV heads")
-    if pages.k.shape[3] != k_width:
-        raise ValueError(f"queries are {k_width} wide, keys {pages.k.shape[3]}")
-    if (pages.v is None) != (value_width is not None):
-        raise ValueError(f"value_width={value_width} but pages hold values: {pages.v is not None}")
-    seqs = block_tables.shape[0]
-    if query_starts.shape != (seqs + 1,) or kv_lens.shape != (seqs,):
-        raise ValueError(
-            f"expected {seqs + 1} query starts and {seqs} lengths for {block_tables.shape=}, got "
-            f"{query_starts.shape=} {kv_lens.shape=}"
-        )
-    if visible_lo.shape != (tokens,) or visible_hi.shape != (tokens,):
-        raise ValueError(
-            f"expected {tokens} intervals, got {visible_lo.shape=} {visible_hi.shape=}"
-        )
-    if tail_mask is not None and (tail_mask.shape[0] != tokens or tail_mask.dtype != np.uint32):
-        raise ValueError(f"tail_mask must be uint32[{tokens}, words], got {tail_mask.shape}")
-    if sinks is not None and sinks.shape != (q_heads,):
-        raise ValueError(f"expected one sink per query head ({q_heads}), got {sinks.shape=}")
+    check_arguments(q, pages, block_tables, query_starts, kv_lens, visible_lo, visible_hi,
+                    tail_mask=tail_mask, sinks=sinks, value_width=value_width)  # fmt: skip
     with jax.named_scope("paged_attention"):
         return _attend(
             q, pages, block_tables, query_starts, kv_lens, visible_lo, visible_hi,

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kvjax.pallas_kernels import native
-from kvjax.pallas_kernels.page_ops import LayerPages
+from kvjax.pallas_kernels.page_ops.pages import LayerPages, Pages
 
 _TARGET = "kvjax_paged_attention"
 
@@ -20,12 +20,14 @@ def probe() -> None:
 
 
 def paged_attention(
-    q, pages: LayerPages, block_tables, query_starts, kv_lens, visible_lo, visible_hi, *,
+    q, pages: Pages, block_tables, query_starts, kv_lens, visible_lo, visible_hi, *,
     scale, tail_mask=None, soft_cap=None, sinks=None, value_width=None, max_query_len=None,
     return_lse=False,
 ):  # fmt: skip
     """See `kvjax.pallas_kernels.paged_attention`."""
     del max_query_len  # one body serves all
+    if not isinstance(pages, LayerPages):
+        raise NotImplementedError("cpu: packed pages")
     v = pages.k if pages.v is None else pages.v
     width = v.shape[3] if value_width is None else value_width
     if pages.k.dtype not in (np.uint16, np.float32):

@@ -4,32 +4,30 @@ Two bodies. *Decode* takes the sequences that bring one token and walks their ke
 by block. *Prefill* cuts the longer ones into tiles of query tokens, each tile of one sequence, and
 walks only the blocks that the tile can see. Trip counts are dynamic, so neither reads keys that
 nobody sees, and the shapes inside do not depend on context lengths. Every row reduces in blocks of
-`_BLOCK` keys counted from the start of its sequence: its bits are the same in every batch.
+`BLOCK` keys counted from the start of its sequence: its bits are the same in every batch.
 """
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from kvjax.pallas_kernels.page_ops import LayerPages, decode_dtype
-from kvjax.pallas_kernels.page_ops.xla import decode
+from kvjax.pallas_kernels.page_ops.pages import LayerPages, Pages, decode_dtype
+from kvjax.pallas_kernels.page_ops.quantise import decode
 from kvjax.pallas_kernels.paged_attention.softmax import absorb, capped, finish, start, visible
 
 # Keys per block. On CPU 512 measured 8 % slower and 128 8 % faster, but with 128 the bits of some
 # head shapes depend on the batch.
-_BLOCK = 256
-_TILE = 128  # query tokens per prefill tile: 64 measured 10 % slower at long contexts on CPU
+BLOCK = 256
+TILE = 128  # query tokens per prefill tile: 64 measured 10 % slower at long contexts on CPU
 
 
 def paged_attention(
-    q, pages: LayerPages, block_tables, query_starts, kv_lens, visible_lo, visible_hi, *,
+    q, pages: Pages, block_tables, query_starts, kv_lens, visible_lo, visible_hi, *,
     scale, tail_mask=None, soft_cap=None, sinks=None, value_width=None, max_query_len=None,
     return_lse=False,
 ):  # fmt: skip
     """See `kvjax.pallas_kernels.paged_attention`."""
-    if pages.page_size > _BLOCK or _BLOCK % pages.page_size:
-        raise NotImplementedError(f"xla: page_size={pages.page_size} does not divide {_BLOCK}")
-    block_tables = _whole_blocks(block_tables, _BLOCK // pages.page_size)
+    block_tables = whole_blocks(supported(pages), block_tables)
     attend = _Attend(q, pages, block_tables, query_starts, kv_lens, visible_lo, visible_hi,
                      scale, tail_mask, soft_cap, sinks, value_width)  # fmt: skip
     if max_query_len == 1:
@@ -39,9 +37,40 @@ def paged_attention(
     return (out, lse) if return_lse else out
 
 
-def _whole_blocks(block_tables: Array, pages_per_block: int) -> Array:
-    missing = -block_tables.shape[1] % pages_per_block
+def supported(pages: Pages) -> LayerPages:
+    """The pages, or NotImplementedError."""
+    if not isinstance(pages, LayerPages):
+        raise NotImplementedError("xla: packed pages")
+    if pages.page_size > BLOCK or BLOCK % pages.page_size:
+        raise NotImplementedError(f"xla: page_size={pages.page_size} does not divide {BLOCK}")
+    return pages
+
+
+def whole_blocks(pages: LayerPages, block_tables: Array) -> Array:
+    """Block tables padded to a multiple of the pages of a block."""
+    missing = -block_tables.shape[1] % (BLOCK // pages.page_size)
     return jnp.pad(block_tables, ((0, 0), (0, missing)))
+
+
+def load_block(pool: Array, scale: Array | None, tables: Array, c: Array) -> Array:
+    """Numbers of block `c` of each table row, `[n, kv_heads, BLOCK, width]`."""
+    n, per_block = tables.shape[0], BLOCK // pool.shape[2]
+    ids = jax.lax.dynamic_slice(tables, (0, c * per_block), (n, per_block))
+
+    def load(x: Array) -> Array:
+        return x[ids].swapaxes(1, 2).reshape(n, pool.shape[1], BLOCK, *x.shape[3:])
+
+    return decode(load(pool), None if scale is None else load(scale))
+
+
+def scores(q: Array, k: Array, soft_cap: float | None) -> Array:
+    """Float32 `[n, heads, rows, keys]` of `q[n, heads, rows, d]` and `k[n, heads, keys, d]`."""
+    products = jax.lax.dot_general(
+        q, k, (((3,), (3,)), ((0, 1), (0, 1))),
+        precision=jax.lax.Precision.HIGHEST if k.dtype == jnp.float32 else None,
+        preferred_element_type=jnp.float32,
+    )  # fmt: skip
+    return capped(products, soft_cap)
 
 
 class _Attend:
@@ -68,30 +97,18 @@ class _Attend:
         self.sinks = None if sinks is None else sinks.reshape(self.kv_heads, self.group)
 
     def _block(self, tables: Array, c: Array, alive: Array) -> tuple[Array, Array]:
-        """Keys and values of block `c` of each table row, `[n, kv_heads, _BLOCK, width]`.
+        """Keys and values of block `c` of each table row, `[n, kv_heads, BLOCK, width]`.
 
-        `alive[n, _BLOCK]` marks the slots that some row may see; the values elsewhere become zero,
+        `alive[n, BLOCK]` marks the slots that some row may see; the values elsewhere become zero,
         so that whatever they hold cannot reach a result.
         """
-        n, per_block = tables.shape[0], _BLOCK // self.pages.page_size
-        ids = jax.lax.dynamic_slice(tables, (0, c * per_block), (n, per_block))
-
-        def load(pool: Array) -> Array:
-            blocks = pool[ids].swapaxes(1, 2)
-            return decode(blocks.reshape(n, self.kv_heads, _BLOCK, pool.shape[3]))
-
-        k = load(self.pages.k)
-        v = k[..., : self.v_width] if self.pages.v is None else load(self.pages.v)
+        p = self.pages
+        k = load_block(p.k, p.k_scale, tables, c)
+        v = k[..., : self.v_width] if p.v is None else load_block(p.v, p.v_scale, tables, c)
         return k, jnp.where(alive[:, None, :, None], v, 0)
 
     def _scores(self, q: Array, k: Array) -> Array:
-        """`[n, kv_heads, rows, keys]` of `q[n, kv_heads, rows, d]`, `k[n, kv_heads, keys, d]`."""
-        scores = jax.lax.dot_general(
-            q, k, (((3,), (3,)), ((0, 1), (0, 1))),
-            precision=jax.lax.Precision.HIGHEST if self.dtype == jnp.float32 else None,
-            preferred_element_type=jnp.float32,
-        )  # fmt: skip
-        return capped(scores, self.soft_cap)
+        return scores(q, k, self.soft_cap)
 
     def decode(self) -> tuple[Array, Array]:
         """Sequences of one token: token t belongs to the last that starts at or before t."""
@@ -111,17 +128,17 @@ class _Attend:
             q = jnp.concatenate([q, q], axis=2)
         hi = jnp.minimum(hi, kv_lens)
         lo = jnp.where(lo < hi, lo, hi)
-        first = jnp.min(jnp.where(lo < hi, lo, jnp.iinfo(jnp.int32).max)) // _BLOCK
+        first = jnp.min(jnp.where(lo < hi, lo, jnp.iinfo(jnp.int32).max)) // BLOCK
 
         def body(c, state):
-            keys = c * _BLOCK + jnp.arange(_BLOCK, dtype=jnp.int32)
+            keys = c * BLOCK + jnp.arange(BLOCK, dtype=jnp.int32)
             mask = visible(keys, lo, hi, kv_lens, tail_mask)
             k, v = self._block(tables, c, mask)
             scores = self._scores(q, k)
             return absorb(state, scores, jnp.broadcast_to(mask[:, None, None], scores.shape), v)
 
         state = start((n, self.kv_heads, q.shape[2]), self.v_width)
-        state = jax.lax.fori_loop(first, -(-jnp.max(hi) // _BLOCK), body, state)
+        state = jax.lax.fori_loop(first, -(-jnp.max(hi) // BLOCK), body, state)
         state = jax.tree.map(lambda x: x[:, :, : self.group], state)
         return finish(state, None if self.sinks is None else self.sinks[None])
 
@@ -130,7 +147,7 @@ class _Attend:
         tokens, starts = self.q.shape[0], self.query_starts
         lens = jnp.diff(starts)
         single = lens == 1
-        tile = min(_TILE, tokens)
+        tile = min(TILE, tokens)
         tiles = jnp.where(single, 0, -(-lens // tile))
         bounds = jnp.cumulative_sum(tiles, include_initial=True)
 
@@ -175,17 +192,17 @@ class _Attend:
         table = jax.lax.dynamic_slice_in_dim(self.block_tables, s, 1)
 
         def body(c, state):
-            keys = c * _BLOCK + jnp.arange(_BLOCK, dtype=jnp.int32)
+            keys = c * BLOCK + jnp.arange(BLOCK, dtype=jnp.int32)
             mask = visible(keys, lo, hi, self.kv_lens[s], tail_mask)
             k, v = self._block(table, c, jnp.any(mask, axis=0)[None])
             scores = self._scores(rows, k)
             mask = jnp.broadcast_to(
-                mask[None, None, :, None], (1, self.kv_heads, tile, self.group, _BLOCK)
+                mask[None, None, :, None], (1, self.kv_heads, tile, self.group, BLOCK)
             )
             return absorb(state, scores, mask.reshape(scores.shape), v)
 
         state = start((1, self.kv_heads, tile * self.group), self.v_width)
-        state = jax.lax.fori_loop(lowest // _BLOCK, -(-highest // _BLOCK), body, state)
+        state = jax.lax.fori_loop(lowest // BLOCK, -(-highest // BLOCK), body, state)
         sinks = self.sinks
         if sinks is not None:
             sinks = jnp.broadcast_to(sinks[:, None], (self.kv_heads, tile, self.group))

@@ -71,7 +71,7 @@ def compare(config: ModelConfig, ways: int, dtype: WeightDtype = "float32") -> d
         margins += (ordered[:, -1] - ordered[:, -2]).tolist()
         equal += (mine.argmax(-1) == theirs.argmax(-1)).tolist()
         new, decode = {seq: mine[seq].argmax(keepdims=True) for seq in (0, 1)}, True
-    pool = runs[1].pages.layers[0].k
+    pool = jax.tree.leaves(runs[1].pages)[0]
     return {
         "difference": max(differences),
         "margins": margins,

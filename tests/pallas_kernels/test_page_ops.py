@@ -9,7 +9,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvjax.pallas_kernels import OPERATIONS, LayerPages, copy_pages, gather_slots, write_slots
+from kvjax.pallas_kernels import (
+    OPERATIONS,
+    LayerPages,
+    Pages,
+    copy_pages,
+    gather_slots,
+    write_slots,
+)
 from kvjax.pallas_kernels.page_ops import xla
 
 PAGES, SIZE, HEADS = 6, 4, 3
@@ -40,7 +47,7 @@ def random_tokens(seed: int, latent: bool = False) -> Any:
     return k, None if latent else v
 
 
-def assert_same_pages(a: LayerPages, b: LayerPages) -> None:
+def assert_same_pages(a: Pages, b: Pages) -> None:
     """Equal bit for bit, NaN included."""
     for x, y in zip(a, b, strict=True):
         assert (x is None) == (y is None)
@@ -102,7 +109,7 @@ def test_gathered_slots_are_what_is_stored_and_padding_is_zero(slots, kind, late
 
 
 def test_padding_gathers_zeros_from_a_pool_of_nan():
-    pages = LayerPages(*(np.full_like(pool, np.nan) for pool in random_pages(3)))
+    pages = jax.tree.map(lambda pool: np.full_like(pool, np.nan), random_pages(3))
     k, v = jit_gather(pages, jnp.full(TOKENS, -1, jnp.int32))
     assert not np.asarray(k).any()
     assert not np.asarray(v).any()
