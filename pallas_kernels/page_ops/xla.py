@@ -36,7 +36,12 @@ def gather_slots(pages: Pages, slots: Array, widths) -> tuple[Array, Array | Non
 def copy_pages(pages: Pages, src: Array, dst: Array) -> Pages:
     """See `kvjax.pallas_kernels.copy_pages`."""
     dst = _past_the_end(dst, pages.num_pages)
-    return jax.tree.map(lambda pool: pool.at[dst].set(pool[src], mode="drop"), pages)
+
+    def copy(pool) -> Array:
+        pool = jnp.asarray(pool)  # numpy outside of jit
+        return pool.at[dst].set(pool[src], mode="drop")
+
+    return jax.tree.map(copy, pages)
 
 
 def export_span(pages: Pages, slots: Array, widths) -> KVSpan:
@@ -73,10 +78,11 @@ def import_span(pages: Pages, span: KVSpan, slots: Array) -> Pages:
 
 def load_rows(pages: Pages, slots: Array) -> Pages:
     """Rows of the pages at `slots`, with zeros for a slot of -1."""
+    slots = jnp.asarray(slots)
     page, offset = slots // pages.page_size, slots % pages.page_size
 
-    def gather(pool: Array) -> Array:
-        rows = pool[page, :, offset]
+    def gather(pool) -> Array:
+        rows = jnp.asarray(pool)[page, :, offset]
         return jnp.where((slots < 0).reshape(-1, *(1,) * (rows.ndim - 1)), 0, rows)
 
     return jax.tree.map(gather, pages)
@@ -86,6 +92,8 @@ def store_rows(pages: Pages, rows: Pages, slots: Array) -> Pages:
     """Pages with `rows` at `slots`; a slot of -1 is dropped."""
     slots = _past_the_end(slots, pages.num_pages * pages.page_size)
     page, offset = slots // pages.page_size, slots % pages.page_size
-    return jax.tree.map(
-        lambda pool, new: pool.at[page, :, offset].set(new, mode="drop"), pages, rows
-    )
+
+    def scatter(pool, new) -> Array:
+        return jnp.asarray(pool).at[page, :, offset].set(jnp.asarray(new), mode="drop")
+
+    return jax.tree.map(scatter, pages, rows)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from kvjax.pallas_kernels import LayerPages, paged_attention
+from kvjax.pallas_kernels.page_ops.reference import encode
 from kvjax.pallas_kernels.paged_attention import cpu
 
 Seen = tuple[int, int]  # [lo, hi) of one query token
@@ -77,6 +78,7 @@ def problem(
     pages_per_seq: int = 24,
     num_tokens: int | None = None,
     bfloat16: bool = False,
+    physical: Any = None,
     tail_words: int = 0,
     sinks: bool = False,
     soft_cap: float | None = None,
@@ -86,6 +88,8 @@ def problem(
     Only slots that some row of their sequence may see hold numbers: the rest of the pool (pages
     outside the tables, slots past `kv_len`, below every window, between the intervals, or shut out
     by every row's tail mask) is NaN. Padding tokens have ordinary queries and wild intervals.
+    `physical` is the dtype of the page arrays, float32 unless `bfloat16`; int8 and uint8 (float8)
+    pages hold NaN as the scale.
     """
     rng = np.random.default_rng(seed)
     num_pages = len(seqs) * pages_per_seq + 3
@@ -109,15 +113,18 @@ def problem(
             index = index[(bit < 0) | np.append(bits, 1)[np.maximum(bit, 0)].astype(bool)]
             readable[tables[s, index // page_size], index % page_size] = True
 
+    physical = np.dtype(physical or (np.uint16 if bfloat16 else np.float32))
+
     def pool(width: int) -> Any:
         numbers = rng.standard_normal((num_pages, heads.kv, page_size, width))
-        numbers = np.where(readable[:, None, :, None], numbers, np.nan).astype(np.float32)
-        return numbers.astype(ml_dtypes.bfloat16).view(np.uint16) if bfloat16 else numbers
+        return encode(np.where(readable[:, None, :, None], numbers, np.nan), physical)
 
+    k, k_scale = pool(heads.width)
+    v, v_scale = (None, None) if heads.latent else pool(heads.width)
     q = rng.standard_normal((len(lo), heads.q, heads.width)).astype(np.float32)
     return Problem(
         q=q.astype(ml_dtypes.bfloat16).astype(np.float32) if bfloat16 else q,
-        pages=LayerPages(pool(heads.width), None if heads.latent else pool(heads.width)),
+        pages=LayerPages(k, v, k_scale, v_scale),
         block_tables=tables,
         query_starts=starts,
         kv_lens=np.array([kv_len for kv_len, _ in seqs], np.int32),
