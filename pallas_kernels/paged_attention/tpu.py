@@ -19,6 +19,9 @@ from kvjax.pallas_kernels.paged_attention.tpu_items import decode_items, prefill
 from kvjax.pallas_kernels.paged_attention.tpu_prefill import prefill
 from kvjax.pallas_kernels.paged_attention.tpu_stream import Geometry
 
+_READABLE = (  # uint16 and uint8 are the bits of bfloat16 and float8
+    jnp.float32, jnp.bfloat16, jnp.uint16, jnp.int8, jnp.uint8, jnp.float8_e4m3fn,
+)  # fmt: skip
 _TABLE_BYTES = 512 * 1024  # of scalar memory (1 MiB) for block tables
 _BLOCK_BYTES = 1024 * 1024  # of pages per buffer, of which there are two
 _TILE_BYTES = 16 * 1024 * 1024  # of VMEM for the queries and results of a prefill tile
@@ -61,7 +64,7 @@ def refuse(pages, block_tables, interpret: Any = False) -> None:
     if not interpret and not compat.targets_tpu():
         raise NotImplementedError(f"tpu: the platform is {jax.default_backend()}")
     dtype, page_size = pages.kv.dtype, pages.kv.shape[2]
-    if dtype not in (jnp.float32, jnp.bfloat16, jnp.int8, jnp.float8_e4m3fn):
+    if dtype not in _READABLE:
         raise NotImplementedError(f"tpu: pages are {dtype}, which the kernels cannot unpack")
     rows = 32 // dtype.itemsize
     if page_size % rows:

@@ -13,6 +13,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from kvjax.pallas_kernels.page_ops.pages import FLOAT8, stored_dtype
+from kvjax.pallas_kernels.page_ops.quantise import from_bits, to_bits
 from kvjax.pallas_kernels.paged_attention.tpu_items import Items
 
 # One step after another, in order: buffers and running softmax are carried from step to step.
@@ -150,8 +152,8 @@ class PageStream:
         column = jnp.transpose(jnp.broadcast_to(alive, (128, g.block)))[:, :1] > 0
         lanes = pl.ds(g.v_first, g.v_lanes)
         for h in range(g.kv_heads):
-            rows = self.kv[slot, h, :, lanes].astype(jnp.float32)
-            self.kv[slot, h, :, lanes] = jnp.where(column, rows, 0.0).astype(self.kv.dtype)
+            rows = from_bits(self.kv[slot, h, :, lanes]).astype(jnp.float32)
+            self.kv[slot, h, :, lanes] = to_bits(jnp.where(column, rows, 0.0), self.kv.dtype)
 
     def keys(self, slot, head=slice(None)) -> jax.Array:
         """Keys of a block, `[(kv_heads,) block, q_lanes]`, in the dtype of the queries."""
@@ -161,10 +163,10 @@ class PageStream:
         """Values of a block, `[(kv_heads,) block, v_lanes]`, free of NaN where nothing is seen."""
         g = self.geometry
         values = self.kv[slot, head, :, pl.ds(g.v_first, g.v_lanes)]
-        narrow = values.dtype.itemsize == 1 and jnp.issubdtype(values.dtype, jnp.floating)
+        float8 = stored_dtype(values.dtype) == FLOAT8
         values = _numbers(values)
         # a NaN that was written for this slot is still in the slot's scale
-        return jnp.where(values == values, values, 0) if narrow else values
+        return jnp.where(values == values, values, 0) if float8 else values
 
     def scale_row(self, slot, row) -> jax.Array:
         """Scales of one head over a block, `[1, block]`."""
@@ -177,6 +179,8 @@ class PageStream:
 
 
 def _numbers(x: jax.Array) -> jax.Array:
+    """Page contents as the queries have them; int8 and float8 are exact in bfloat16."""
+    x = from_bits(x)
     return x if x.dtype.itemsize > 1 else x.astype(jnp.float32).astype(jnp.bfloat16)
 
 
