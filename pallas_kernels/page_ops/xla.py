@@ -56,9 +56,7 @@ def unpack_span(rows: PackedPages, kv_heads: int, widths) -> KVSpan:
     """Keys, values and scales of packed rows."""
     (k_width, v_width), half = widths, rows.kv.shape[-1] // 2
     v = None if v_width is None else rows.kv[..., half : half + v_width]
-    return KVSpan(
-        rows.kv[..., :k_width], v, *split_scales(rows.scale, kv_heads, v_width is None)
-    )
+    return KVSpan(rows.kv[..., :k_width], v, *split_scales(rows.scale, kv_heads, v_width is None))
 
 
 def pack_span(span: KVSpan, pages: PackedPages) -> PackedPages:

@@ -40,7 +40,7 @@ def paged_attention(
     tokens, q_heads, width = q.shape
     words = 0 if tail_mask is None else tail_mask.shape[1]
     g = geometry(
-        pages, q_heads, width, value_width, words, soft_cap, interpret, block_tables.shape[1]
+        pages, q_heads, value_width, words, soft_cap, return_lse, interpret, block_tables.shape[1]
     )
     if sinks is None:
         sinks = jnp.full(q_heads, -jnp.inf)
@@ -51,10 +51,11 @@ def paged_attention(
     if tail_mask is not None:
         tail = jax.lax.bitcast_convert_type(jnp.asarray(tail_mask), jnp.int32)
     call = _Call(g, pages, block_tables, starts, kv_lens, lo, hi, tail, sinks)
-    out, lse = call.singles(q, call.tiles(q) if max_query_len != 1 else None)
+    results = call.singles(q, call.tiles(q) if max_query_len != 1 else None)
     first = 0 if g.latent or g.v_first else g.lanes // 2  # values not cut out in the kernel
-    out = out.reshape(tokens, q_heads, g.v_lanes)[..., first : first + (value_width or width)]
-    return (out, lse.reshape(tokens, q_heads)) if return_lse else out
+    out = results[0].reshape(tokens, q_heads, g.v_lanes)
+    out = out[..., first : first + (value_width or width)]
+    return (out, results[1].reshape(tokens, q_heads)) if return_lse else out
 
 
 def refuse(pages, block_tables, interpret: Any = False) -> None:
@@ -79,8 +80,8 @@ def refuse(pages, block_tables, interpret: Any = False) -> None:
 
 
 def geometry(
-    pages: PackedPages, q_heads: int, width: int, value_width: int | None, words: int,
-    soft_cap: float | None, interpret: Any, pages_per_seq: int,
+    pages: PackedPages, q_heads: int, value_width: int | None, words: int,
+    soft_cap: float | None, with_lse: bool, interpret: Any, pages_per_seq: int,
 ) -> Geometry:  # fmt: skip
     """The static facts of a call: which lanes are what, and the keys per block."""
     _, kv_heads, page_size, lanes = pages.kv.shape
@@ -97,7 +98,7 @@ def geometry(
         block=max(1, keys // page_size) * page_size, lanes=lanes,
         q_lanes=half if apart else lanes, v_first=half if apart else 0, v_lanes=v_lanes,
         tail_words=words, scaled=pages.scale is not None, latent=value_width is not None,
-        soft_cap=soft_cap, interpret=interpret,
+        soft_cap=soft_cap, with_lse=with_lse, interpret=interpret,
         q_dtype=jnp.dtype(jnp.float32 if pages.kv.dtype == jnp.float32 else jnp.bfloat16),
     )  # fmt: skip
 
@@ -125,10 +126,10 @@ class _Call:
     """The arguments of one call."""
 
     def __init__(self, g: Geometry, pages, tables, starts, kv_lens, lo, hi, tail, sinks) -> None:
-        self.g, self.pages, self.tables, self.starts, self.kv_lens = g, pages, tables, starts, kv_lens
-        self.lo, self.hi, self.tail, self.sinks = lo, hi, tail, sinks
+        self.g, self.pages, self.tables, self.starts = g, pages, tables, starts
+        self.kv_lens, self.lo, self.hi, self.tail, self.sinks = kv_lens, lo, hi, tail, sinks
         self.single = jnp.diff(starts) == 1
-        # a scalar-memory window and a VMEM buffer even where there are no scales
+        # one page of nothing where there are no scales
         self.scales = jnp.zeros((1, 8, 128), jnp.float32) if pages.scale is None else pages.scale
 
     def cost(self, rows: int, walks: int) -> pl.CostEstimate:
@@ -143,24 +144,23 @@ class _Call:
             transcendentals=rows * keys * g.kv_heads * g.group,
         )
 
-    def singles(self, q: Array, rest: tuple[Array, Array] | None) -> tuple[Array, Array]:
+    def singles(self, q: Array, rest: list[Array] | None) -> list[Array]:
         """Rows of the sequences that bring one token, put into `rest`."""
-        g, tokens = self.g, q.shape[0]
-        if rest is None:
-            rest = (jnp.zeros((*q.shape[:3], g.v_lanes)), jnp.zeros((*q.shape[:3], 1)))
-        items = decode_items(
-            self.starts, self.kv_lens, self.lo, self.hi, g.tail_words, g.block
-        )
-        tail = self.tail[items.begin][:, None] if g.tail_words else jnp.zeros((len(self.kv_lens), 1, 1), jnp.int32)
-        seqs = self.kv_lens.shape[0]
-        o, lse = decode(
+        g, tokens, seqs = self.g, q.shape[0], self.kv_lens.shape[0]
+        items = decode_items(self.starts, self.kv_lens, self.lo, self.hi, g.tail_words, g.block)
+        tail = jnp.zeros((seqs, 1, 1), jnp.int32)  # no block may be empty
+        if g.tail_words:
+            tail = self.tail[items.begin][:, None]
+        results = decode(
             g, items, self.tables, q[items.begin], tail, self.sinks, self.pages.kv, self.scales,
             self.cost(seqs, seqs),
         )  # fmt: skip
+        if rest is None:
+            rest = [jnp.zeros((tokens, *x.shape[1:])) for x in results]
         at = jnp.where(self.single, items.begin, tokens)
-        return rest[0].at[at].set(o, mode="drop"), rest[1].at[at].set(lse, mode="drop")
+        return [old.at[at].set(x, mode="drop") for old, x in zip(rest, results, strict=True)]
 
-    def tiles(self, q: Array) -> tuple[Array, Array]:
+    def tiles(self, q: Array) -> list[Array]:
         """Rows of the sequences that bring several tokens; the other rows are zeros."""
         g, tokens = self.g, q.shape[0]
         tile, chunk = prefill_shape(g, tokens)
@@ -178,7 +178,7 @@ class _Call:
         padded = jnp.pad(q, ((0, missing), (0, 0), (0, 0), (0, 0)))
         chunks = padded.reshape(-1, chunk, *q.shape[1:]).transpose(0, 2, 3, 1, 4)
         chunks = chunks.reshape(-1, g.kv_heads, g.group * chunk, g.q_lanes)
-        o, lse = prefill(
+        results = prefill(
             g, items, self.tables, chunks, rows, jnp.repeat(self.sinks, chunk, axis=1),
             self.pages.kv, self.scales, self.cost(tokens, -(-tokens // tile)),
             tile=tile, chunk=chunk,
@@ -189,4 +189,4 @@ class _Call:
             x = x.reshape(-1, *x.shape[2:])[:tokens]
             return jnp.where((real & ~self.single[owner])[:, None, None, None], x, 0)
 
-        return by_token(o), by_token(lse)
+        return [by_token(x) for x in results]

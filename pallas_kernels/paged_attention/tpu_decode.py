@@ -13,7 +13,12 @@ from kvjax.pallas_kernels import compat
 from kvjax.pallas_kernels.paged_attention.blockwise import absorb, finish, tail_allows
 from kvjax.pallas_kernels.paged_attention.softmax import NEVER, Softmax
 from kvjax.pallas_kernels.paged_attention.tpu_items import Items
-from kvjax.pallas_kernels.paged_attention.tpu_stream import SEQUENTIAL, Geometry, PageStream, product
+from kvjax.pallas_kernels.paged_attention.tpu_stream import (
+    SEQUENTIAL,
+    Geometry,
+    PageStream,
+    product,
+)
 
 
 def _body(*refs, geometry: Geometry) -> None:
@@ -22,11 +27,10 @@ def _body(*refs, geometry: Geometry) -> None:
     (
         # inputs: [1, kv_heads, group, q_lanes], [1, 1, words], [kv_heads, group, 1], pool, scales
         q_ref, tail_ref, sinks_ref, pool, scales,
-        # outputs: [1, kv_heads, group, v_lanes], [1, kv_heads, group, 1]
-        o_ref, lse_ref,
-        # scratch
-        *buffers,
+        # outputs: [1, kv_heads, group, v_lanes], if wanted [1, kv_heads, group, 1]; scratch
+        o_ref, *lse_ref, kv, kv_scales, arrived,
     ) = refs[n + 1 :]  # fmt: skip
+    buffers = kv, kv_scales, arrived
     stream = PageStream(g, items, tables, pool, scales, buffers)
     i = pl.program_id(0)
 
@@ -68,7 +72,8 @@ def _body(*refs, geometry: Geometry) -> None:
     )
     o, lse = finish(stream.walk(i, block, state), sinks_ref[...])
     o_ref[0] = o
-    lse_ref[0] = lse
+    for ref in lse_ref:
+        ref[0] = lse
 
 
 def _head_scales(stream: PageStream, slot, first_row: int) -> Array:
@@ -79,10 +84,11 @@ def _head_scales(stream: PageStream, slot, first_row: int) -> Array:
 
 def decode(
     geometry: Geometry, items: Items, tables, q, tail, sinks, pool, scales, cost: Any
-) -> tuple[Array, Array]:
-    """`q[S, kv_heads, group, q_lanes]` to float32 `[S, kv_heads, group, v_lanes]` and its lse."""
+) -> list[Array]:
+    """`q[S, kv_heads, group, q_lanes]` to float32 `[S, kv_heads, group, v_lanes]`, maybe an lse."""
     g = geometry
     seqs, rows = q.shape[0], (g.kv_heads, g.group)
+    widths = [g.v_lanes, 1][: 1 + g.with_lse]
     scratch = PageStream.scratch(g, pool.dtype, scales.shape[1:])
 
     def of_item(*shape: int) -> pl.BlockSpec:
@@ -100,13 +106,10 @@ def decode(
                 pl.BlockSpec(memory_space=compat.HBM),
                 pl.BlockSpec(memory_space=compat.HBM),
             ],
-            out_specs=[of_item(*rows, g.v_lanes), of_item(*rows, 1)],
+            out_specs=[of_item(*rows, width) for width in widths],
             scratch_shapes=scratch,
         ),
-        out_shape=[
-            jax.ShapeDtypeStruct((seqs, *rows, g.v_lanes), jnp.float32),
-            jax.ShapeDtypeStruct((seqs, *rows, 1), jnp.float32),
-        ],
+        out_shape=[jax.ShapeDtypeStruct((seqs, *rows, width), jnp.float32) for width in widths],
         compiler_params=SEQUENTIAL,
         cost_estimate=cost,
         interpret=g.interpret,

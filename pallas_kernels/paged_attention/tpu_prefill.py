@@ -20,7 +20,12 @@ from kvjax.pallas_kernels import compat
 from kvjax.pallas_kernels.paged_attention.blockwise import absorb, finish, tail_allows
 from kvjax.pallas_kernels.paged_attention.softmax import NEVER, Softmax
 from kvjax.pallas_kernels.paged_attention.tpu_items import Items
-from kvjax.pallas_kernels.paged_attention.tpu_stream import SEQUENTIAL, Geometry, PageStream, product
+from kvjax.pallas_kernels.paged_attention.tpu_stream import (
+    SEQUENTIAL,
+    Geometry,
+    PageStream,
+    product,
+)
 
 
 class _Tile:
@@ -36,11 +41,12 @@ class _Tile:
             # inputs: [chunks per tile, kv_heads, rows, q_lanes], [tile, 2 + words] of lo, hi and
             # mask words, [kv_heads, rows, 1], pool, scales
             self.q, self.rows, self.sinks, pool, scales,
-            # outputs: [chunks per tile, kv_heads, rows, v_lanes], [..., 1]
-            self.o, self.lse,
-            # scratch: running maximum and sum, [chunks per tile, kv_heads, rows, 1]
-            self.m, self.l, *buffers,
+            # outputs: [chunks per tile, kv_heads, rows, v_lanes], if wanted [..., 1]
+            self.o, *self.lse,
+            # scratch: running maximum and sum, [chunks per tile, kv_heads, rows, 1]; pages
+            self.m, self.l, kv, kv_scales, arrived,
         ) = refs[n:]  # fmt: skip
+        buffers = kv, kv_scales, arrived
         self.stream = PageStream(geometry, self.items, tables, pool, scales, buffers)
         self.i = pl.program_id(0)
 
@@ -137,7 +143,9 @@ class _Tile:
     def _finish(self, c, carry):
         for h in range(self.geometry.kv_heads):
             state = Softmax(self.m[c, h], self.l[c, h], self.o[c, h])
-            self.o[c, h], self.lse[c, h] = finish(state, self.sinks[h])
+            self.o[c, h], lse = finish(state, self.sinks[h])
+            for ref in self.lse:
+                ref[c, h] = lse
         return carry
 
 
@@ -148,8 +156,8 @@ def _body(*refs, geometry: Geometry, chunk: int) -> None:
 def prefill(
     geometry: Geometry, items: Items, tables, q, rows, sinks, pool, scales, cost: Any, *,
     tile: int, chunk: int,
-) -> tuple[Array, Array]:  # fmt: skip
-    """`q[T / chunk, kv_heads, group * chunk, q_lanes]` to `[..., v_lanes]` and its lse `[..., 1]`.
+) -> list[Array]:  # fmt: skip
+    """`q[T / chunk, kv_heads, group * chunk, q_lanes]` to `[..., v_lanes]`, maybe an lse `[..., 1]`.
 
     `rows[T, 2 + words]` holds `visible_lo`, `visible_hi` (cut to the sequence) and the tail mask;
     `tile` is a multiple of `chunk`, T of `tile`. Rows of tiles without an item are left unwritten.
@@ -160,9 +168,11 @@ def prefill(
     chunk_lo, chunk_hi = lo.min(axis=1), hi.max(axis=1)
 
     def of_tile(*shape: int) -> pl.BlockSpec:
-        return pl.BlockSpec(shape, lambda i, *s: (Items(*s[: len(items)]).tile[i],) + (0,) * (len(shape) - 1))
+        rest = (0,) * (len(shape) - 1)
+        return pl.BlockSpec(shape, lambda i, *s: (Items(*s[: len(items)]).tile[i], *rest))
 
     block = (per_tile, *shape[1:])
+    widths = [g.v_lanes, 1][: 1 + g.with_lse]
     return pl.pallas_call(
         functools.partial(_body, geometry=g, chunk=chunk),
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -175,17 +185,14 @@ def prefill(
                 pl.BlockSpec(memory_space=compat.HBM),
                 pl.BlockSpec(memory_space=compat.HBM),
             ],
-            out_specs=[of_tile(*block, g.v_lanes), of_tile(*block, 1)],
+            out_specs=[of_tile(*block, width) for width in widths],
             scratch_shapes=(
                 pltpu.VMEM((*block, 1), jnp.float32),
                 pltpu.VMEM((*block, 1), jnp.float32),
                 *PageStream.scratch(g, pool.dtype, scales.shape[1:]),
             ),
         ),
-        out_shape=[
-            jax.ShapeDtypeStruct((*shape, g.v_lanes), jnp.float32),
-            jax.ShapeDtypeStruct((*shape, 1), jnp.float32),
-        ],
+        out_shape=[jax.ShapeDtypeStruct((*shape, width), jnp.float32) for width in widths],
         compiler_params=SEQUENTIAL,
         cost_estimate=cost,
         interpret=g.interpret,

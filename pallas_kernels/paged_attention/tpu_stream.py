@@ -38,6 +38,7 @@ class Geometry(NamedTuple):
     scaled: bool
     latent: bool
     soft_cap: float | None
+    with_lse: bool
     interpret: Any
     q_dtype: Any
 
@@ -98,9 +99,7 @@ class PageStream:
                 page = self.tables[self.items.seq[i], index]
                 rows = pl.ds(j * g.page_size, g.page_size)
                 arrived = self.arrived.at[slot]
-                act(
-                    pltpu.make_async_copy(self.pool.at[page], self.kv.at[slot, :, rows], arrived)
-                )
+                act(pltpu.make_async_copy(self.pool.at[page], self.kv.at[slot, :, rows], arrived))
                 if g.scaled:
                     act(
                         pltpu.make_async_copy(

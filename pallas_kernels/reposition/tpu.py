@@ -97,7 +97,9 @@ def _shift(pool: Array, slots: Array, cos: Array, sin: Array, offset: int, inter
     def turn(old: Array, table: Array) -> Array:
         lane = jax.lax.broadcasted_iota(jnp.int32, (1, 1, lanes), 2)
         partner = jnp.where(
-            lane < offset + half, pltpu.roll(old, lanes - half, axis=2), pltpu.roll(old, half, axis=2)
+            lane < offset + half,
+            pltpu.roll(old, lanes - half, axis=2),
+            pltpu.roll(old, half, axis=2),
         )
         turned = old * table[..., :lanes] + partner * table[..., lanes:]
         return jnp.where((lane >= offset) & (lane < offset + 2 * half), turned, old)
