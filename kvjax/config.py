@@ -18,11 +18,16 @@ def cache_dir() -> Path:
     return (Path(shared) if shared else Path.home() / ".cache") / "kvjax"
 
 
+KV_CACHE_DTYPES = ("auto", "float32", "bfloat16", "int8", "float8_e4m3fn")
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EngineConfig:
     """Sizes and switches of one engine. Validated once; every message names value and limit."""
 
     dtype: Literal["float32", "bfloat16", "int8"] = "bfloat16"
+    # "auto": float32 with float32 weights, else bfloat16; int8 and float8 have a scale per head
+    kv_cache_dtype: Literal["auto", "float32", "bfloat16", "int8", "float8_e4m3fn"] = "auto"
     max_model_len: int | None = None  # tokens, prompt and output; None: the model's own context
     max_num_seqs: int = 8  # sequences in one step
     max_num_batched_tokens: int = 512  # tokens in one step
@@ -58,6 +63,10 @@ class EngineConfig:
             )
         if self.dtype not in ("float32", "bfloat16", "int8"):
             raise ValueError(f"dtype must be float32, bfloat16 or int8, got {self.dtype!r}")
+        if self.kv_cache_dtype not in KV_CACHE_DTYPES:
+            raise ValueError(
+                f"kv_cache_dtype must be one of {KV_CACHE_DTYPES}, got {self.kv_cache_dtype!r}"
+            )
         if not 0 < self.memory_utilization <= 1:
             raise ValueError(f"memory_utilization must be in (0, 1], got {self.memory_utilization}")
 
@@ -72,6 +81,8 @@ class EngineConfig:
     @property
     def kv_dtype(self) -> str:
         """What keys and values are kept as."""
+        if self.kv_cache_dtype != "auto":
+            return self.kv_cache_dtype
         return "float32" if self.dtype == "float32" else "bfloat16"
 
 

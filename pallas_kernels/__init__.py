@@ -6,7 +6,8 @@ order; a query token attends to the *indices* in `[visible_lo, visible_hi)` of i
 """
 
 from kvjax.pallas_kernels.attention_mass import AttentionMass, attention_mass
-from kvjax.pallas_kernels.cascade_attention import cascade_attention
+from kvjax.pallas_kernels.cascade_attention import CascadePlan, cascade_attention, plan_cascade
+from kvjax.pallas_kernels.checks import checked
 from kvjax.pallas_kernels.dispatch import OPERATIONS, Operation
 from kvjax.pallas_kernels.linear import int8_linear, linear, quantise_rows
 from kvjax.pallas_kernels.merge_states import merge_states
@@ -30,6 +31,7 @@ from kvjax.pallas_kernels.reposition import LowRank, reposition, rotary_shift, r
 __all__ = [
     "OPERATIONS",
     "AttentionMass",
+    "CascadePlan",
     "KVSpan",
     "LayerPages",
     "LowRank",
@@ -38,6 +40,7 @@ __all__ = [
     "Pages",
     "attention_mass",
     "cascade_attention",
+    "checked",
     "copy_pages",
     "export_span",
     "gather_slots",
@@ -47,6 +50,7 @@ __all__ = [
     "merge_states",
     "pack_pages",
     "paged_attention",
+    "plan_cascade",
     "quantise_rows",
     "reposition",
     "rotary_shift",

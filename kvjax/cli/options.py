@@ -6,7 +6,7 @@ import re
 from typing import Any
 
 from kvjax.cache.radix import EVICTION_POLICIES
-from kvjax.config import EngineConfig
+from kvjax.config import KV_CACHE_DTYPES, EngineConfig
 from kvjax.llm import LLM
 from kvjax.models import WEIGHT_DTYPES
 from kvjax.request import SamplingParams
@@ -113,6 +113,7 @@ def add_engine(parser: argparse.ArgumentParser) -> None:
         group.add_argument(_flag(name), default=value, help=text + _shown(value), **options)
 
     add("dtype", "of weights and activations", choices=WEIGHT_DTYPES)
+    add("kv_cache_dtype", "of keys and values; int8 halves bfloat16", choices=KV_CACHE_DTYPES)
     add("max_model_len", "longest prompt and output together", type=int, metavar="TOKENS")
     add("max_num_seqs", "sequences in one step", type=int, metavar="N")
     add("max_num_batched_tokens", "tokens in one step", type=int, metavar="N")

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int, UInt32
 
 from kvjax.pallas_kernels.attention_mass import reference, xla
 from kvjax.pallas_kernels.attention_mass.result import AttentionMass
+from kvjax.pallas_kernels.checks import Checks
 from kvjax.pallas_kernels.dispatch import Operation
 from kvjax.pallas_kernels.page_ops import Pages
 from kvjax.pallas_kernels.paged_attention import check_arguments
@@ -40,6 +41,7 @@ def attention_mass(
     tail_mask: UInt32[Array, "tokens words"] | None = None,
     soft_cap: float | None = None,
     value_width: int | None = None,
+    checks: bool = False,
     backend: str | None = None,
 ) -> AttentionMass:
     """Column sums `f32[seqs, pages_per_seq * page_size]` and, per row, sums over segments.
@@ -56,11 +58,13 @@ def attention_mass(
       value_width: given where it was given to `paged_attention` (latent pages).
 
     Raises:
-      ValueError: shapes that contradict each other, while tracing.
+      ValueError: as `paged_attention`, and segments that fall or leave the sequence.
       ExceptionGroup: no backend accepts the inputs; it holds every reason.
     """
-    check_arguments(q, pages, block_tables, query_starts, kv_lens, visible_lo, visible_hi,
-                    tail_mask=tail_mask, value_width=value_width)  # fmt: skip
+    query_starts, kv_lens, visible_hi = check_arguments(
+        q, pages, block_tables, query_starts, kv_lens, visible_lo, visible_hi,
+                    tail_mask=tail_mask, value_width=value_width, checks=checks,
+    )  # fmt: skip
     if lse.shape != q.shape[:2]:
         raise ValueError(f"expected an lse per token and head {q.shape[:2]}, got {lse.shape=}")
     if segment_starts is not None:
@@ -69,6 +73,11 @@ def attention_mass(
             raise ValueError(
                 f"segment_starts must be [{block_tables.shape[0]}, segments + 1], got {shape}"
             )
+        check = Checks((segment_starts,), traced=checks)
+        if check.active:
+            (edges,) = check.arrays(segment_starts)
+            check.within("segment_starts", edges, 0, block_tables.shape[1] * pages.page_size)
+            check.ascending("segment_starts", edges)
     with jax.named_scope("attention_mass"):
         return _mass(
             q, lse, pages, block_tables, query_starts, kv_lens, visible_lo, visible_hi,

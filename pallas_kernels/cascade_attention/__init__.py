@@ -10,9 +10,17 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, UInt32
 
+from kvjax.pallas_kernels.cascade_attention.cost import (
+    CascadePlan,
+    cascade_bytes,
+    plan_cascade,
+)
+from kvjax.pallas_kernels.checks import Checks
 from kvjax.pallas_kernels.merge_states import merge_states
 from kvjax.pallas_kernels.page_ops import Pages
 from kvjax.pallas_kernels.paged_attention import check_arguments, paged_attention
+
+__all__ = ["CascadePlan", "cascade_attention", "cascade_bytes", "plan_cascade"]
 
 
 def cascade_attention(
@@ -33,6 +41,7 @@ def cascade_attention(
     value_width: int | None = None,
     max_query_len: int | None = None,
     return_lse: bool = False,
+    checks: bool = False,
     backend: str | None = None,
 ) -> Any:
     """What `paged_attention` gives for the same arguments, up to rounding, with less reading.
@@ -43,20 +52,25 @@ def cascade_attention(
     number of sequences; a group may be empty, and a sequence that shares nothing is a group of its
     own with a prefix of 0. `backend` names the backend of both calls of `paged_attention`.
 
-    Worth it when `cascade_bytes` of the batch says so.
+    Worth it when `plan_cascade` of the batch says so.
 
     Raises:
-      ValueError: shapes that contradict each other, while tracing.
+      ValueError: as `paged_attention`; also groups that do not cover the sequences, or a prefix
+        longer than a member.
       ExceptionGroup: no backend accepts the inputs; it holds every reason.
     """
-    check_arguments(q, pages, block_tables, query_starts, kv_lens, visible_lo, visible_hi,
-                    tail_mask=tail_mask, sinks=sinks, value_width=value_width)  # fmt: skip
+    query_starts, kv_lens, visible_hi = check_arguments(
+        q, pages, block_tables, query_starts, kv_lens, visible_lo, visible_hi,
+                    tail_mask=tail_mask, sinks=sinks, value_width=value_width,
+                    checks=checks,
+    )  # fmt: skip
     groups = prefix_lens.shape[0]
     if group_starts.shape != (groups + 1,) or not groups:
         raise ValueError(
             f"expected one more group start than prefixes, got {group_starts.shape=} "
             f"{prefix_lens.shape=}"
         )
+    group_starts, prefix_lens = _check_groups(group_starts, prefix_lens, kv_lens, checks)
     options: dict[str, Any] = {"scale": scale, "tail_mask": None, "soft_cap": soft_cap,
                                "value_width": value_width, "return_lse": True,
                                "backend": backend}  # fmt: skip
@@ -76,6 +90,25 @@ def cascade_attention(
         )  # fmt: skip
         out, lse = merge_states(*(jnp.stack(pair) for pair in zip(shared, own, strict=True)))
     return (out, lse) if return_lse else out
+
+
+def _check_groups(group_starts, prefix_lens, kv_lens, checks: bool):
+    """`group_starts` and `prefix_lens`, harmless ones where a traced check fails."""
+    seqs, groups = kv_lens.shape[0], prefix_lens.shape[0]
+    check = Checks((group_starts, prefix_lens, kv_lens), traced=checks)
+    if not check.active or not seqs:
+        return group_starts, prefix_lens
+    starts, prefixes, lens = check.arrays(group_starts, prefix_lens, kv_lens)
+    check.within("group_starts", starts[:1], 0, 0)
+    check.within("group_starts", starts[-1:], seqs, seqs)
+    check.ascending("group_starts", starts)
+    seq, xp = check.xp.arange(seqs), check.xp
+    group = xp.clip(xp.searchsorted(starts, seq, side="right") - 1, 0, groups - 1)
+    prefix = prefixes[group]
+    check.forbid(
+        "prefix_lens", prefix, (prefix < 0) | (prefix > lens), "be in 0..{limit} (kv_len)", lens
+    )
+    return check.spared(group_starts, 0), check.spared(prefix_lens, 0)
 
 
 def _splits(

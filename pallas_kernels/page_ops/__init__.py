@@ -2,13 +2,23 @@
 
 `write_slots`, `gather_slots` and `copy_pages` move numbers; `export_span` and `import_span` move
 what is stored, bit for bit. Every function that changes pages consumes them: donate `pages` to the
-jitted caller and the update is in place.
+jitted caller and the update is in place. Ids out of range, or repeated where they are written, are
+a ValueError where their values are at hand; `checks=True` is for those that are being traced (see
+`kvjax.pallas_kernels.checked`).
 """
 
 from jaxtyping import Array, Float, Int
 
 from kvjax.pallas_kernels.dispatch import Operation
 from kvjax.pallas_kernels.page_ops import reference, xla
+from kvjax.pallas_kernels.page_ops.arguments import (
+    Widths,
+    check_ids,
+    check_moves,
+    check_rows,
+    vector,
+    widths_of,
+)
 from kvjax.pallas_kernels.page_ops.packing import pack_pages, packed_width, split_pages
 from kvjax.pallas_kernels.page_ops.pages import (
     KVSpan,
@@ -49,8 +59,6 @@ def _operation(name: str) -> Operation:
 _write, _gather, _copy = map(_operation, ("write_slots", "gather_slots", "copy_pages"))
 _export, _import = map(_operation, ("export_span", "import_span"))
 
-Widths = tuple[int, int | None]  # of keys and values; None: the values are in the keys
-
 
 def write_slots(
     pages: Pages,
@@ -58,6 +66,7 @@ def write_slots(
     v: Float[Array, "tokens kv_heads v_width"] | None,
     slots: Int[Array, " tokens"],
     *,
+    checks: bool = False,
     backend: str | None = None,
 ) -> Pages:
     """Writes new keys and values to their slots; a slot of -1 is padding and is dropped.
@@ -68,7 +77,8 @@ def write_slots(
     Raises:
       ValueError: shapes that do not fit each other, or values for pages that hold none.
     """
-    _check_rows(pages, k, v, slots)
+    check_rows(pages, k, v, slots)
+    slots = check_ids("slots", slots, _last_slot(pages), checks, distinct=True)
     return _write(pages, k, v, slots, backend=backend)
 
 
@@ -77,6 +87,7 @@ def gather_slots(
     slots: Int[Array, " tokens"],
     *,
     widths: Widths | None = None,
+    checks: bool = False,
     backend: str | None = None,
 ) -> tuple[Array, Array | None]:
     """Keys and values at `slots`, `[tokens, kv_heads, width]`; a slot of -1 gives zeros.
@@ -86,7 +97,9 @@ def gather_slots(
     Raises:
       ValueError: `slots` is not a vector, or packed pages without `widths`.
     """
-    return _gather(pages, _vector("slots", slots), _widths(pages, widths), backend=backend)
+    vector("slots", slots)
+    slots = check_ids("slots", slots, _last_slot(pages), checks)
+    return _gather(pages, slots, widths_of(pages, widths), backend=backend)
 
 
 def copy_pages(
@@ -94,6 +107,7 @@ def copy_pages(
     src: Int[Array, " n"],
     dst: Int[Array, " n"],
     *,
+    checks: bool = False,
     backend: str | None = None,
 ) -> Pages:
     """Copies whole pages `src[i]` to `dst[i]` (copy-on-write); a `dst` of -1 is dropped.
@@ -106,6 +120,7 @@ def copy_pages(
     """
     if src.shape != dst.shape or len(src.shape) != 1:
         raise ValueError(f"expected as many sources as destinations, got {src.shape=} {dst.shape=}")
+    src, dst = check_moves(pages.num_pages, src, dst, "pages", checks)
     return _copy(pages, src, dst, backend=backend)
 
 
@@ -114,6 +129,7 @@ def export_span(
     slots: Int[Array, " tokens"],
     *,
     widths: Widths | None = None,
+    checks: bool = False,
     backend: str | None = None,
 ) -> KVSpan:
     """What is stored at `slots`, in their order, contiguous and with its scales; -1 gives zeros.
@@ -124,63 +140,34 @@ def export_span(
     Raises:
       ValueError: `slots` is not a vector, or packed pages without `widths`.
     """
-    return _export(pages, _vector("slots", slots), _widths(pages, widths), backend=backend)
+    vector("slots", slots)
+    slots = check_ids("slots", slots, _last_slot(pages), checks)
+    return _export(pages, slots, widths_of(pages, widths), backend=backend)
 
 
 def import_span(
-    pages: Pages, span: KVSpan, slots: Int[Array, " tokens"], *, backend: str | None = None
+    pages: Pages,
+    span: KVSpan,
+    slots: Int[Array, " tokens"],
+    *,
+    checks: bool = False,
+    backend: str | None = None,
 ) -> Pages:
     """Stores an exported span at `slots`, bit for bit; a slot of -1 is dropped. Consumes `pages`.
 
     Raises:
       ValueError: the span's dtype, widths or scales are not those of the pages.
     """
-    _check_rows(pages, span.k, span.v, slots)
+    check_rows(pages, span.k, span.v, slots)
     physical = (pages.k if isinstance(pages, LayerPages) else pages.kv).dtype
     if span.k.dtype != physical or (span.k_scale is None) == pages.quantised:
         raise ValueError(
             f"the span holds {span.k.dtype} (scales: {span.k_scale is not None}), the pages "
             f"{physical} (scales: {pages.quantised})"
         )
+    slots = check_ids("slots", slots, _last_slot(pages), checks, distinct=True)
     return _import(pages, span, slots, backend=backend)
 
 
-def _check_rows(pages: Pages, k, v, slots) -> None:
-    """Keys and values of tokens fit each other, their slots and the pages."""
-    if slots.shape != k.shape[:1]:
-        raise ValueError(f"expected one slot per token, got {slots.shape=} {k.shape=}")
-    if k.ndim != 3 or k.shape[1] != pages.kv_heads:
-        raise ValueError(f"keys must be [tokens, {pages.kv_heads}, width], got {k.shape=}")
-    if v is not None and v.shape[:2] != k.shape[:2]:
-        raise ValueError(f"keys and values differ in tokens or heads: {k.shape=} {v.shape=}")
-    if isinstance(pages, LayerPages):
-        if (v is None) != (pages.v is None):
-            raise ValueError(
-                f"values given: {v is not None}, pages hold values: {pages.v is not None}"
-            )
-        held = (pages.k.shape[3], None if pages.v is None else pages.v.shape[3])
-        if (k.shape[2], None if v is None else v.shape[2]) != held:
-            raise ValueError(f"pages hold widths {held}, got {k.shape=} v.shape={_shape(v)}")
-        return
-    half = pages.kv.shape[3] // (1 if v is None else 2)
-    if k.shape[2] > half or (v is not None and v.shape[2] > half):
-        raise ValueError(f"{pages.kv.shape[3]} lanes do not hold {k.shape=} v.shape={_shape(v)}")
-
-
-def _shape(x) -> tuple[int, ...] | None:
-    return None if x is None else x.shape
-
-
-def _vector(name: str, x):
-    if len(x.shape) != 1:
-        raise ValueError(f"{name} must be a vector, got shape {x.shape}")
-    return x
-
-
-def _widths(pages: Pages, widths: Widths | None) -> Widths:
-    """The widths of keys and values; split pages know theirs."""
-    if isinstance(pages, LayerPages):
-        return pages.k.shape[3], None if pages.v is None else pages.v.shape[3]
-    if widths is None:
-        raise ValueError(f"packed pages of {pages.kv.shape[3]} lanes need widths=(keys, values)")
-    return widths
+def _last_slot(pages: Pages) -> int:
+    return pages.num_pages * pages.page_size - 1

@@ -46,6 +46,7 @@ def paged_attention(
     value_width: int | None = None,
     max_query_len: int | None = None,
     return_lse: bool = False,
+    checks: bool = False,
     backend: str | None = None,
 ) -> Any:
     """Attention of each query token over its visible interval; float32 `[tokens, q_heads, v]`.
@@ -62,16 +63,21 @@ def paged_attention(
         It is what tells packed latent pages from packed keys and values.
       max_query_len: static bound on the tokens per sequence; 1 selects the decode body alone.
       return_lse: also return the log-sum-exp of each row, `[tokens, q_heads]`.
+      checks: also check values that are being traced; see `kvjax.pallas_kernels.checked`.
 
     A row that sees nothing gives zeros and an lse of -inf. Slots that no row of a sequence may see
     are never read into a result, whatever they hold. A row's bits do not depend on its batch.
 
     Raises:
-      ValueError: shapes that contradict each other, while tracing.
+      ValueError: shapes or dtypes that contradict each other; starts that fall, an interval
+        beyond its sequence's `kv_len`, a visible page id out of range, where values are at hand.
       ExceptionGroup: no backend accepts the inputs; it holds every reason.
     """
-    check_arguments(q, pages, block_tables, query_starts, kv_lens, visible_lo, visible_hi,
-                    tail_mask=tail_mask, sinks=sinks, value_width=value_width)  # fmt: skip
+    query_starts, kv_lens, visible_hi = check_arguments(
+        q, pages, block_tables, query_starts, kv_lens, visible_lo, visible_hi,
+                    tail_mask=tail_mask, sinks=sinks, value_width=value_width,
+                    checks=checks,
+    )  # fmt: skip
     with jax.named_scope("paged_attention"):
         return _attend(
             q, pages, block_tables, query_starts, kv_lens, visible_lo, visible_hi,

@@ -1,15 +1,56 @@
-"""What attention-like operations check of their arguments while tracing: shapes and dtypes."""
+"""What attention-like operations check of their arguments: shapes, dtypes and values."""
 
 import numpy as np
 
+from kvjax.pallas_kernels.checks import Checks
 from kvjax.pallas_kernels.page_ops.pages import LayerPages, Pages
 
 
 def check_arguments(
     q, pages: Pages, block_tables, query_starts, kv_lens, visible_lo, visible_hi, *,
-    tail_mask=None, sinks=None, value_width: int | None = None,
+    tail_mask=None, sinks=None, value_width: int | None = None, checks: bool = False,
+):  # fmt: skip
+    """Raises ValueError, naming the argument and its value, if arguments contradict each other.
+
+    Returns `(query_starts, kv_lens, visible_hi)` to go on with: where a traced check fails, they
+    make the kernel read nothing.
+    """
+    check_shapes(q, pages, block_tables, query_starts, kv_lens, visible_lo, visible_hi,
+                 tail_mask, sinks, value_width)  # fmt: skip
+    check = Checks((block_tables, query_starts, kv_lens, visible_lo, visible_hi), traced=checks)
+    if check.active and q.shape[0] and block_tables.shape[0]:
+        _check_values(check, q.shape[0], pages, block_tables, query_starts, kv_lens, visible_lo,
+                      visible_hi)  # fmt: skip
+    return tuple(check.spared(x, 0) for x in (query_starts, kv_lens, visible_hi))
+
+
+def _check_values(check: Checks, tokens: int, pages: Pages, tables, starts, kv_lens, lo, hi):
+    """Starts do not fall, intervals lie in what is written, and what is visible has a page."""
+    seqs, width = tables.shape
+    tables, starts, kv_lens, lo, hi = check.arrays(tables, starts, kv_lens, lo, hi)
+    xp = check.xp
+    check.within("query_starts", starts, 0, tokens)
+    check.ascending("query_starts", starts)
+    check.within("kv_lens", kv_lens, 0, width * pages.page_size)
+    t = xp.arange(tokens)
+    owner = xp.clip(xp.searchsorted(starts, t, side="right") - 1, 0, seqs - 1)
+    real = (t >= starts[0]) & (t < starts[-1])
+    check.forbid("visible_lo", lo, real & (lo < 0), "not be negative")
+    written = kv_lens[owner]
+    check.forbid("visible_hi", hi, real & (hi > written), "be at most kv_len = {limit}", written)
+    mine = (owner == xp.arange(seqs)[:, None]) & real & (lo < hi)  # [seqs, tokens]
+    first = xp.where(mine, lo, width * pages.page_size).min(axis=1) // pages.page_size
+    last = xp.where(mine, hi, 0).max(axis=1)
+    place = xp.arange(width)
+    used = (place >= first[:, None]) & (place * pages.page_size < last[:, None])
+    check.within("block_tables", tables, 0, pages.num_pages - 1, used)
+
+
+def check_shapes(
+    q, pages: Pages, block_tables, query_starts, kv_lens, visible_lo, visible_hi,
+    tail_mask, sinks, value_width: int | None,
 ) -> None:  # fmt: skip
-    """Raises ValueError, with the values, if shapes contradict each other."""
+    """Raises ValueError, with the values, if shapes or dtypes contradict each other."""
     if len(q.shape) != 3:
         raise ValueError(f"q must be [tokens, q_heads, k_width], got {q.shape=}")
     tokens, q_heads, k_width = q.shape

@@ -37,6 +37,8 @@ using Mask = uint64_t;
 typedef float Vec __attribute__((vector_size(4 * kLanes)));
 typedef int32_t IntVec __attribute__((vector_size(4 * kLanes)));
 typedef uint16_t HalfVec __attribute__((vector_size(2 * kLanes)));
+typedef int8_t ByteVec __attribute__((vector_size(kLanes)));
+typedef uint8_t Float8Vec __attribute__((vector_size(kLanes)));
 
 inline Vec Load(const float* p) {
   Vec v;
@@ -48,13 +50,36 @@ inline void Store(float* p, Vec v) { std::memcpy(p, &v, sizeof v); }
 
 inline Vec Splat(float x) { return Vec{} + x; }
 
-// Sixteen numbers of a page, which holds float32 or the bits of bfloat16.
+// Pages of single bytes carry a scale per slot and head.
+template <typename T>
+constexpr bool kScaled = sizeof(T) == 1;
+
+// Sixteen numbers of a page, which holds float32, the bits of bfloat16 (uint16), int8 or the bits of
+// float8_e4m3fn (uint8), the last two without their scale.
 inline Vec Numbers(const float* p) { return Load(p); }
 
 inline Vec Numbers(const uint16_t* p) {
   HalfVec half;
   std::memcpy(&half, p, sizeof half);
   return (Vec)(__builtin_convertvector(half, IntVec) << 16);
+}
+
+inline Vec Numbers(const int8_t* p) {
+  ByteVec bytes;
+  std::memcpy(&bytes, p, sizeof bytes);
+  return __builtin_convertvector(__builtin_convertvector(bytes, IntVec), Vec);
+}
+
+inline Vec Numbers(const uint8_t* p) {
+  Float8Vec bytes;
+  std::memcpy(&bytes, p, sizeof bytes);
+  const IntVec bits = __builtin_convertvector(bytes, IntVec), size = bits & 0x7f;
+  // Seven bits of exponent and mantissa; subnormals are counted, as XLA's threads flush them.
+  const Vec normal = (Vec)((size << 20) + (120 << 23));
+  const Vec subnormal = __builtin_convertvector(size, Vec) * 0x1p-9f;
+  Vec x = size < 8 ? subnormal : normal;
+  x = size == 0x7f ? Splat(std::numeric_limits<float>::quiet_NaN()) : x;
+  return (Vec)((IntVec)x | ((bits & 0x80) << 24));
 }
 
 // The same of the last `count` channels, with zeros behind them.
@@ -175,6 +200,7 @@ template <typename T>
 struct Attention {
   const float* q;
   const T *k, *v;
+  const float *k_scale, *v_scale;  // one per slot and head where kScaled<T>
   const int32_t *tables, *starts, *lens, *lo, *hi;
   const uint32_t* tail_mask;
   const float* sinks;
@@ -211,6 +237,7 @@ struct Attention {
   // Where the keys and values of a block begin: null where no row of the tile looks.
   struct Slots {
     const T *k[kBlock], *v[kBlock];
+    float k_scale[kBlock], v_scale[kBlock];
   };
 
   // The slots of the block that starts at index `first`, of those that `seen` marks.
@@ -222,11 +249,23 @@ struct Attention {
         const int64_t slot = (table[page] * kv_heads + tile.head) * page_size + offset;
         slots.k[b] = k + slot * k_width;
         slots.v[b] = v + slot * v_stride;
+        if constexpr (kScaled<T>) {
+          slots.k_scale[b] = k_scale[slot];
+          slots.v_scale[b] = v_scale[slot];
+        }
       } else {
         slots.k[b] = slots.v[b] = nullptr;
       }
       if (++offset == page_size) offset = 0, ++page;
     }
+  }
+
+  // Sixteen channels from `first` on of one row; zeros where nobody looks.
+  static Vec Read(const T* row, int first, int width, float scale) {
+    if (row == nullptr) return Vec{};
+    const Vec x = Numbers(row + first, width - first);
+    if constexpr (kScaled<T>) return x * scale;
+    return x;
   }
 
   // Keys as [channels, kBlock] and values as [kBlock, channels], channels in whole vectors; zeros
@@ -236,15 +275,14 @@ struct Attention {
       for (int d = 0; d < k_width; d += kLanes) {
         Vec square[kLanes];
         for (int i = 0; i < kLanes; ++i)
-          square[i] = slots.k[j + i] ? Numbers(slots.k[j + i] + d, k_width - d) : Vec{};
+          square[i] = Read(slots.k[j + i], d, k_width, slots.k_scale[j + i]);
         Transpose(square);
         for (int i = 0; i < kLanes; ++i) Store(keys + (d + i) * kBlock + j, square[i]);
       }
     }
     for (int b = 0; b < kBlock; ++b)
       for (int c = 0; c < v_width; c += kLanes)
-        Store(values + b * v_padded + c,
-              slots.v[b] ? Numbers(slots.v[b] + c, v_width - c) : Vec{});
+        Store(values + b * v_padded + c, Read(slots.v[b], c, v_width, slots.v_scale[b]));
   }
 
   // Turns a row's scores into weights; returns what its earlier output is to be scaled by.
@@ -369,6 +407,7 @@ void RunParallel(ffi::ThreadPool& pool, const Attention<T>& attention) {
 
 ffi::Error PagedAttention(
     ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::AnyBuffer k, ffi::AnyBuffer v,
+    ffi::Buffer<ffi::F32> k_scale, ffi::Buffer<ffi::F32> v_scale,
     ffi::Buffer<ffi::S32> tables, ffi::Buffer<ffi::S32> starts, ffi::Buffer<ffi::S32> lens,
     ffi::Buffer<ffi::S32> lo, ffi::Buffer<ffi::S32> hi, ffi::Buffer<ffi::U32> tail_mask,
     ffi::Buffer<ffi::F32> sinks, ffi::ResultBuffer<ffi::F32> out, ffi::ResultBuffer<ffi::F32> lse,
@@ -380,6 +419,8 @@ ffi::Error PagedAttention(
     a.q = q.typed_data();
     a.k = static_cast<const T*>(k.untyped_data());
     a.v = static_cast<const T*>(v.untyped_data());
+    a.k_scale = k_scale.typed_data();
+    a.v_scale = v_scale.typed_data();
     a.tables = tables.typed_data();
     a.starts = starts.typed_data();
     a.lens = lens.typed_data();
@@ -409,7 +450,9 @@ ffi::Error PagedAttention(
   };
   if (k.element_type() == ffi::U16) return attend(uint16_t{});
   if (k.element_type() == ffi::F32) return attend(float{});
-  return ffi::Error(ffi::ErrorCode::kInvalidArgument, "pages must be float32 or uint16");
+  if (k.element_type() == ffi::S8) return attend(int8_t{});
+  if (k.element_type() == ffi::U8) return attend(uint8_t{});
+  return ffi::Error(ffi::ErrorCode::kInvalidArgument, "pages must be f32, u16, s8 or u8");
 }
 
 }  // namespace
@@ -421,6 +464,8 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(
         .Arg<ffi::Buffer<ffi::F32>>()
         .Arg<ffi::AnyBuffer>()
         .Arg<ffi::AnyBuffer>()
+        .Arg<ffi::Buffer<ffi::F32>>()
+        .Arg<ffi::Buffer<ffi::F32>>()
         .Arg<ffi::Buffer<ffi::S32>>()
         .Arg<ffi::Buffer<ffi::S32>>()
         .Arg<ffi::Buffer<ffi::S32>>()

@@ -10,6 +10,7 @@ from kvjax.pallas_kernels import native
 from kvjax.pallas_kernels.page_ops.pages import LayerPages, Pages
 
 _TARGET = "kvjax_paged_attention"
+_PAGES = (np.float32, np.uint16, np.int8, np.uint8)  # numbers, or bits of bfloat16 and float8
 
 
 def probe() -> None:
@@ -28,10 +29,13 @@ def paged_attention(
     del max_query_len  # one body serves all
     if not isinstance(pages, LayerPages):
         raise NotImplementedError("cpu: packed pages")
-    v = pages.k if pages.v is None else pages.v
+    v, v_scale = (pages.v, pages.v_scale)
+    if v is None:
+        v, v_scale = pages.k, pages.k_scale
     width = v.shape[3] if value_width is None else value_width
-    if pages.k.dtype not in (np.uint16, np.float32):
-        raise NotImplementedError(f"cpu: pages are {pages.k.dtype}, not float32 or bfloat16 bits")
+    if pages.k.dtype not in _PAGES:
+        names = ", ".join(np.dtype(dtype).name for dtype in _PAGES)
+        raise NotImplementedError(f"cpu: pages are {pages.k.dtype}, not one of {names}")
     probe()
     tokens, heads, _ = q.shape
     if tail_mask is None:
@@ -45,8 +49,13 @@ def paged_attention(
             jax.ShapeDtypeStruct((tokens, heads), jnp.float32),
         ),
     )(
-        jnp.asarray(q, jnp.float32), pages.k, v, block_tables, query_starts, kv_lens,
+        jnp.asarray(q, jnp.float32), pages.k, v, _or_none(pages.k_scale), _or_none(v_scale),
+        block_tables, query_starts, kv_lens,
         visible_lo, visible_hi, tail_mask, jnp.asarray(sinks, jnp.float32),
         scale=np.float32(scale), soft_cap=np.float32(soft_cap or 0.0),
     )  # fmt: skip
     return (out, lse) if return_lse else out
+
+
+def _or_none(scale):
+    return jnp.zeros((0, 0, 0), jnp.float32) if scale is None else scale

@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from kvjax.pallas_kernels.dispatch import Operation
 from kvjax.pallas_kernels.page_ops import LayerPages, Pages
+from kvjax.pallas_kernels.page_ops.arguments import check_ids, check_moves
 from kvjax.pallas_kernels.reposition import reference, xla
 from kvjax.pallas_kernels.reposition.patches import LowRank, Patch
 
@@ -38,6 +39,7 @@ def reposition(
     patch_v: Patch | None = None,
     frame: Literal["source", "target"] = "source",
     rotary_offset: int = 0,
+    checks: bool = False,
     backend: str | None = None,
 ) -> Pages:
     """Moves the KV of tokens to other slots, its keys rotated by a difference of positions.
@@ -59,9 +61,11 @@ def reposition(
       rotary_offset: the first rotated channel; the others pass. 0 for a full rotation and for a
         partial one of the leading channels, the width of the latent for latent (MLA) pages.
 
+      checks: also check slots that are being traced; see `kvjax.pallas_kernels.checked`.
+
     Raises:
-      ValueError: shapes that do not fit each other, an unknown frame, or a patch of values for
-        pages that hold none.
+      ValueError: shapes that do not fit each other, an unknown frame, a patch of values for pages
+        that hold none; slots out of range or two equal destinations, where values are at hand.
     """
     if dst_slots.shape != src_slots.shape:
         raise ValueError(
@@ -70,6 +74,8 @@ def reposition(
     _check(pages, src_slots, cos, sin, patch_k, patch_v, rotary_offset)
     if frame not in ("source", "target"):
         raise ValueError(f"frame must be 'source' or 'target', got {frame!r}")
+    num_slots = pages.num_pages * pages.page_size
+    src_slots, dst_slots = check_moves(num_slots, src_slots, dst_slots, "slots", checks)
     with jax.named_scope("reposition"):
         return _move(
             pages, src_slots, dst_slots, cos, sin, patch_k=patch_k, patch_v=patch_v, frame=frame,
@@ -84,6 +90,7 @@ def rotary_shift(
     sin: Float[Array, "tokens half"],
     *,
     rotary_offset: int = 0,
+    checks: bool = False,
     backend: str | None = None,
 ) -> Pages:
     """Rotates the keys at `slots` where they are; values are not touched. Consumes `pages`.
@@ -91,6 +98,8 @@ def rotary_shift(
     `reposition` with destinations equal to sources. A slot of -1 is padding. Raises as it does.
     """
     _check(pages, slots, cos, sin, None, None, rotary_offset)
+    last = pages.num_pages * pages.page_size - 1
+    slots = check_ids("slots", slots, last, checks, distinct=True)
     with jax.named_scope("rotary_shift"):
         return _move(
             pages, slots, None, cos, sin, patch_k=None, patch_v=None, frame="source",

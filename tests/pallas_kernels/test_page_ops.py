@@ -9,35 +9,44 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvjax.pallas_kernels import (
-    OPERATIONS,
-    LayerPages,
-    Pages,
-    copy_pages,
-    gather_slots,
-    write_slots,
-)
-from kvjax.pallas_kernels.page_ops import xla
+import kvjax.pallas_kernels as kernels
+from kvjax.pallas_kernels import OPERATIONS, LayerPages, Pages, pack_pages, split_pages
+from kvjax.pallas_kernels.page_ops import packed_width, quantise, xla
+from kvjax.pallas_kernels.page_ops.reference import decode, encode
 
+copy_pages: Any = kernels.copy_pages  # they take numpy too
+export_span: Any = kernels.export_span
+gather_slots: Any = kernels.gather_slots
+import_span: Any = kernels.import_span
+write_slots: Any = kernels.write_slots
 PAGES, SIZE, HEADS = 6, 4, 3
 TOKENS = 8
-KINDS = {"f32": np.float32, "bf16 as uint16": np.uint16, "bf16": jnp.bfloat16}
+KINDS = {
+    "f32": np.float32,
+    "bf16 as uint16": np.uint16,
+    "bf16": jnp.bfloat16,
+    "int8": np.int8,
+    "float8 as uint8": np.uint8,
+    "float8": jnp.float8_e4m3fn,
+}
 
 jit_write = jax.jit(write_slots, static_argnames="backend")
-jit_gather = jax.jit(gather_slots)
+jit_gather = jax.jit(gather_slots, static_argnames="widths")
 jit_copy = jax.jit(copy_pages)
+jit_export = jax.jit(export_span, static_argnames="widths")
+jit_import = jax.jit(import_span)
 
 
-def random_pages(seed: int, dtype=np.float32, latent: bool = False) -> Any:
+def random_pages(seed: int, dtype: Any = np.float32, latent: bool = False) -> Any:
     rng = np.random.default_rng(seed)
 
     def pool(width) -> Any:
-        numbers = rng.standard_normal((PAGES, HEADS, SIZE, width)).astype(np.float32)
-        if dtype == np.uint16:
-            return np.asarray(jnp.asarray(numbers, jnp.bfloat16)).view(np.uint16)
-        return np.asarray(jnp.asarray(numbers, dtype))
+        numbers = rng.standard_normal((PAGES, HEADS, SIZE, width)) * 3
+        return encode(numbers, np.dtype(dtype))
 
-    return LayerPages(pool(8), None if latent else pool(6))
+    k, k_scale = pool(8)
+    v, v_scale = (None, None) if latent else pool(6)
+    return LayerPages(k, v, k_scale, v_scale)
 
 
 def random_tokens(seed: int, latent: bool = False) -> Any:
@@ -105,7 +114,8 @@ def test_gathered_slots_are_what_is_stored_and_padding_is_zero(slots, kind, late
     for x, y in zip(got, gather_slots(pages, slots, backend="reference"), strict=True):
         assert (x is None) == (y is None)
         if x is not None and y is not None:
-            np.testing.assert_array_equal(np.asarray(x).astype(np.float64), y)
+            x = np.asarray(x).astype(np.float64)  # a product with a scale is rounded to float32
+            np.testing.assert_allclose(x, y, rtol=1e-7 if pages.quantised else 0)
 
 
 def test_padding_gathers_zeros_from_a_pool_of_nan():
@@ -129,24 +139,111 @@ def test_copies_read_every_source_before_any_write(src, dst, kept, kind):
     assert_same_pages(jit_copy(pages, src, dst), copy_pages(pages, src, dst, backend="reference"))
 
 
-@pytest.mark.parametrize("dtype", [np.float32, np.uint16])
+@settings(max_examples=25, deadline=None)
+@given(slots_of_distinct_tokens, st.sampled_from(list(KINDS)), st.booleans(), st.booleans())
+def test_a_span_comes_back_bit_for_bit_in_either_layout(slots, kind, latent, packed):
+    """Exported from one pool, imported into another: stored numbers and scales are equal."""
+    pages, other = (random_pages(seed, KINDS[kind], latent) for seed in (1, 2))
+    widths = (8, None if latent else 6)
+    source = pack_pages(pages) if packed else pages
+    span = jit_export(source, slots, widths=widths)
+    want = export_span(pages, slots, backend="reference")
+    for x, y in zip(jax.tree.leaves(span), jax.tree.leaves(want), strict=True):
+        assert np.asarray(x).tobytes() == np.asarray(y).tobytes()
+    target = pack_pages(other) if packed else other
+    stored = jit_import(target, span, slots)
+    if packed:
+        stored = split_pages(stored, *widths)
+    assert_same_pages(stored, import_span(other, want, slots, backend="reference"))
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("latent", [False, True])
-@pytest.mark.parametrize("operation", ["write", "copy"])
-def test_a_donated_pool_is_updated_in_place(operation, latent, dtype):
+def test_packed_pages_hold_what_split_pages_hold(kind, latent):
+    pages, (k, v) = random_pages(1, KINDS[kind], latent), random_tokens(2, latent)
+    widths, slots = (8, None if latent else 6), jnp.array([3, 7, -1, 0, 23, 9, -1, 8], jnp.int32)
+    packed = jit_write(pack_pages(pages), k, v, slots)
+    assert packed.kv.shape[3] == packed_width(*widths) == (128 if latent else 256)
+    want: Any = write_slots(pages, k, v, slots, backend="reference")
+    assert_same_pages(split_pages(packed, *widths), want)
+    for x, y in zip(
+        jax.tree.leaves(jit_gather(packed, slots, widths=widths)),
+        jax.tree.leaves(jit_gather(want, slots)),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(x, y)
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    st.sampled_from([np.int8, np.uint8]),
+    st.integers(0, 2**32 - 1),
+    st.floats(-38, 37).map(lambda e: 10.0**e),
+)
+def test_a_quantised_row_is_half_a_step_from_its_numbers(dtype, seed, magnitude):
+    """int8: half of 1/127 of the largest; float8: 2**-4 of each, or half of its smallest step."""
+    x = np.random.default_rng(seed).standard_normal((4, 16)) * magnitude
+    x = x.astype(np.float32)
+    stored, scale = encode(x, np.dtype(dtype))
+    got = decode(stored, scale)
+    assert scale is not None
+    half_a_step = 0.5 if dtype == np.int8 else np.maximum(np.abs(x) / scale[:, None] / 16, 2**-10)
+    assert (np.abs(got - x) <= 1.001 * half_a_step * scale[:, None]).all()
+    ours, our_scale = jax.jit(quantise.quantise, static_argnums=1)(x, np.dtype(dtype))
+    np.testing.assert_array_equal(ours, stored)
+    np.testing.assert_array_equal(our_scale, scale)
+
+
+def test_a_row_of_zeros_and_a_row_with_nan_stay_what_they_are():
+    pages = random_pages(9, np.int8)
+    k, v = random_tokens(10)
+    k[0], k[1, 0, 3] = 0, np.nan
+    k = jit_gather(jit_write(pages, k, v, np.arange(8, dtype=np.int32)), np.arange(2))[0]
+    np.testing.assert_array_equal(np.asarray(k)[0], 0)
+    assert np.isnan(np.asarray(k)[1, 0]).all()
+
+
+def shares_one_scale(pages, k, v, slots):
+    """A planted bug: one scale for all tokens of a call, as a scale per page would be."""
+    scale = np.full(k.shape[:2], np.abs(k).max() / 127, np.float32)
+    k = np.rint(k / scale[..., None]).astype(np.int8)
+    v, v_scale = encode(v, np.dtype(np.int8))
+    return import_span(pages, kernels.KVSpan(*map(jnp.asarray, (k, v, scale, v_scale))), slots)
+
+
+def test_a_scale_that_is_not_the_rows_own_is_caught():
+    pages, (k, v) = random_pages(1, np.int8), random_tokens(2)
+    slots = jnp.arange(8, dtype=jnp.int32)
+    want = write_slots(pages, k, v, slots, backend="reference")
+    with pytest.raises(AssertionError):
+        assert_same_pages(shares_one_scale(pages, k, v, slots), want)
+
+
+@pytest.mark.parametrize("kind", ["f32", "bf16 as uint16", "int8", "float8 as uint8"])
+@pytest.mark.parametrize("latent", [False, True])
+@pytest.mark.parametrize("operation", ["write", "copy", "import"])
+def test_a_donated_pool_is_updated_in_place(operation, latent, kind):
     """Result aliases the whole pool, and temporaries stay below one per cent of it."""
+    dtype = KINDS[kind]
     pool: Any = jax.ShapeDtypeStruct((2048, 3, 16, 64), dtype)
-    pages = LayerPages(pool, None if latent else pool)
-    new = jax.ShapeDtypeStruct((8, 3, 64), np.float32)
+    scale: Any = None
+    if kind in ("int8", "float8 as uint8"):
+        scale = jax.ShapeDtypeStruct((2048, 3, 16), np.float32)
+    pages = LayerPages(pool, None if latent else pool, scale, None if latent else scale)
+    new: Any = jax.ShapeDtypeStruct((8, 3, 64), np.float32)
     ids = jax.ShapeDtypeStruct((8,), np.int32)
     if operation == "write":
         lowered = jax.jit(write_slots, donate_argnums=0).lower(
             pages, new, None if latent else new, ids
         )
-    else:
+    elif operation == "copy":
         lowered = jax.jit(copy_pages, donate_argnums=0).lower(pages, ids, ids)
+    else:
+        span = jax.eval_shape(export_span, pages, ids)
+        lowered = jax.jit(import_span, donate_argnums=0).lower(pages, span, ids)
     memory = lowered.compile().memory_analysis()
     assert memory is not None
-    num_bytes = sum(x.size * np.dtype(dtype).itemsize for x in pages if x is not None)
+    num_bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(pages))
     assert memory.alias_size_in_bytes == num_bytes
     assert memory.temp_size_in_bytes < 0.01 * num_bytes
 
@@ -167,3 +264,14 @@ def test_arguments_that_do_not_fit_are_refused():
         write_slots(pages, k, None, jnp.zeros(TOKENS, jnp.int32))
     with pytest.raises(ValueError, match="as many sources"):
         copy_pages(pages, ids, ids[:2])
+    with pytest.raises(ValueError, match="pages hold widths"):
+        write_slots(pages, k[..., :4], v, jnp.zeros(TOKENS, jnp.int32))
+    with pytest.raises(ValueError, match=r"keys must be \[tokens, 3"):
+        write_slots(pages, k[:, :2], v, jnp.zeros(TOKENS, jnp.int32))
+    with pytest.raises(ValueError, match="need widths"):
+        gather_slots(pack_pages(pages), ids)
+    with pytest.raises(ValueError, match="lanes do not hold"):
+        write_slots(pack_pages(pages), np.zeros((8, 3, 200)), v, jnp.zeros(8, jnp.int32))
+    span = export_span(random_pages(7, np.int8), ids)
+    with pytest.raises(ValueError, match="the span holds int8"):
+        import_span(pages, span, ids)

@@ -75,6 +75,14 @@ def test_bfloat16_pages_match_the_oracle(backend, heads):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("heads", [SHAPES[0], SHAPES[4]], ids=str)
+@pytest.mark.parametrize("physical", [np.int8, np.uint8], ids=["int8", "float8"])
+def test_quantised_pages_match_the_oracle_on_what_they_hold(backend, heads, physical):
+    p = problem(1, heads, LENGTHS, num_tokens=NUM_TOKENS, physical=physical, soft_cap=4.0)
+    assert_matches_reference(p, backend=backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(
     "variant", [pytest.param(v, marks=[SLOW] * (v in ("cap", "sinks", "tail"))) for v in VARIANTS]
 )
