@@ -3,7 +3,6 @@
 from typing import Any
 
 import jax
-from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 HBM = pltpu.HBM  # pl.ANY lets XLA move a small pool into VMEM in front of a kernel
@@ -15,6 +14,12 @@ def targets_tpu() -> bool:
         return True
     device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
     return device is not None and device.device_kind.startswith("TPU")
+
+
+def probe_tpu() -> None:
+    """Raises NotImplementedError where kernels are not compiled for a TPU."""
+    if not targets_tpu():
+        raise NotImplementedError(f"tpu: the platform is {jax.default_backend()}")
 
 
 def tpu_interpreter(*, dma_execution_mode: str = "on_wait") -> Any:
@@ -36,6 +41,3 @@ def tpu_races() -> bool:
     found = interpreter.get_races().races_found
     pltpu.reset_tpu_interpret_mode_state()
     return bool(found)
-
-
-__all__ = ["HBM", "pl", "targets_tpu", "tpu_interpreter", "tpu_races"]

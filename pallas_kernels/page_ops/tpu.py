@@ -1,7 +1,6 @@
 """Page operations on packed pages as Mosaic TPU kernels, in place when donated.
 
-The rows of scales are left to XLA, which scatters into them in place: a scale is one lane of a row.
-Quantisation is XLA's as well, in front of the kernel.
+Quantisation is XLA's, in front of the kernel that stores.
 """
 
 from typing import Any
@@ -24,8 +23,8 @@ def supported(pages: Pages, interpret: Any = False) -> PackedPages:
     """The pages, or NotImplementedError with the reason."""
     if not isinstance(pages, PackedPages):
         raise NotImplementedError("tpu: pages are split; the kernels move packed pages")
-    if not interpret and not compat.targets_tpu():
-        raise NotImplementedError(f"tpu: the platform is {jax.default_backend()}")
+    if not interpret:
+        compat.probe_tpu()
     tpu_rows.stored_pool(pages)
     return pages
 
@@ -72,7 +71,12 @@ def load_rows(pages: PackedPages, slots: Array, *, interpret: Any = False) -> Pa
     kv = jnp.where((slots < 0)[:, None, None], 0, tpu_rows.from_tiles(tiles, tokens))
     if pages.scale is None:
         return PackedPages(kv)
-    scale = pages.scale[slots // pages.page_size, :, slots % pages.page_size]
+    size = pages.page_size
+    tiles = tpu_rows.merge_rows(
+        pages.scale[:, None], None, tpu_rows.runs(slots, jnp.where(slots < 0, -1, token), size),
+        num_tiles=-(-tokens // size), per_lane=size, interpret=interpret, name="load_scales",
+    )  # fmt: skip
+    scale = tpu_rows.from_lane_tiles(tiles, size, tokens)
     return PackedPages(kv, jnp.where((slots < 0)[:, None], 0, scale))
 
 
@@ -87,9 +91,12 @@ def store_rows(
     kv = tpu_rows.merge_rows(source, pages.kv, todo, interpret=interpret, name="store_rows")
     if pages.scale is None or rows.scale is None:
         return PackedPages(kv)
-    page, offset = slots // pages.page_size, slots % pages.page_size
-    page = jnp.where(slots < 0, pages.num_pages, page)
-    return PackedPages(kv, pages.scale.at[page, :, offset].set(rows.scale, mode="drop"))
+    size = pages.page_size
+    scale = tpu_rows.merge_rows(
+        tpu_rows.as_lane_tiles(rows.scale, size, pages.scale.shape[2]), pages.scale[:, None],
+        tpu_rows.runs(token, slots, size), per_lane=size, interpret=interpret, name="store_scales",
+    )  # fmt: skip
+    return PackedPages(kv, scale[:, 0])
 
 
 def copy_pages(pages: Pages, src: Array, dst: Array, *, interpret: Any = False) -> Pages:

@@ -35,26 +35,25 @@ def tile_rows(dtype: Any) -> int:
     return 32 // jnp.dtype(dtype).itemsize
 
 
-def runs(src: Array, dst: Array, rows: int, *, is_sorted: bool = False) -> Runs:
+def runs(src: Array, dst: Array, rows: int) -> Runs:
     """The fewest runs that bring row `src[i]` to `dst[i]`; a `dst` of -1 is left out."""
-    n = dst.shape[0]
-    last = jnp.iinfo(jnp.int32).max
-    dst = jnp.where(dst < 0, last, dst)
-    if not is_sorted:
-        order = jnp.argsort(dst)
-        src, dst = src[order], dst[order]
+    n, last = dst.shape[0], jnp.iinfo(jnp.int32).max
+    src, dst = src.astype(jnp.int32), jnp.where(dst < 0, last, dst).astype(jnp.int32)
+    dst, src = jax.lax.sort((dst, src), num_keys=1)
     goes_on = (jnp.diff(src) == 1) & (jnp.diff(dst) == 1)
     goes_on &= (src[1:] % rows != 0) & (dst[1:] % rows != 0)
     begins = jnp.append(True, ~goes_on) & (dst != last)
-    run = jnp.cumsum(begins) - 1
-    count = jnp.sum(begins, dtype=jnp.int32)
-    at = jnp.where(begins, run, n)
-    zeros = jnp.zeros(n, jnp.int32)
+    wanted = jnp.sum(dst != last)
+    start, src, dst = jax.lax.sort(
+        (jnp.where(begins, jnp.arange(n, dtype=jnp.int32), n), src, dst), num_keys=1
+    )
+    end = jnp.minimum(jnp.append(start[1:], n), wanted)
+    used = start < n
     return Runs(
-        src=zeros.at[at].set(src.astype(jnp.int32), mode="drop"),
-        dst=zeros.at[at].set(dst.astype(jnp.int32), mode="drop"),
-        length=zeros.at[jnp.where(dst == last, n, run)].add(1, mode="drop"),
-        count=jnp.maximum(count, 1)[None],  # a run of length 0 rewrites what it finds
+        src=jnp.where(used, src, 0),
+        dst=jnp.where(used, dst, 0),
+        length=jnp.where(used, end - start, 0).astype(jnp.int32),
+        count=jnp.maximum(jnp.sum(begins, dtype=jnp.int32), 1)[None],  # length 0 changes nothing
     )
 
 
@@ -71,7 +70,7 @@ def _narrowed(x: Array, physical: Any) -> Array:
     return to_bits(x, physical)
 
 
-def _body(*refs, rows: int, combine: Callable[[Array, Array], Array] | None) -> None:
+def _body(*refs, rows: int, axis: int, combine: Callable[[Array, Array], Array] | None) -> None:
     todo, (src_ref, *old_ref, out_ref) = Runs(*refs[:4]), refs[4:]
     i = pl.program_id(0)
     before = jnp.maximum(i - 1, 0)
@@ -82,11 +81,12 @@ def _body(*refs, rows: int, combine: Callable[[Array, Array], Array] | None) -> 
         def _():
             out_ref[...] = old_ref[0][...]
 
-    first = todo.dst[i] % rows
-    shift = (first - todo.src[i]) % rows
-    moved = pltpu.roll(_widened(src_ref[0]), shift, axis=1)
+    first, size = todo.dst[i] % rows, out_ref.shape[1 + axis]
+    shift = (first - todo.src[i] % rows) % size
+    moved = pltpu.roll(_widened(src_ref[0]), shift, axis=axis)
     old = _widened(out_ref[0])
-    row = jax.lax.broadcasted_iota(jnp.int32, (1, rows, 1), 1)
+    shape = tuple(size if a == axis else 1 for a in range(3))
+    row = jax.lax.broadcasted_iota(jnp.int32, shape, axis)
     ours = (row >= first) & (row < first + todo.length[i])
     new = moved if combine is None else combine(old, moved)
     out_ref[0] = _narrowed(jnp.where(ours, new, old), out_ref.dtype)
@@ -98,6 +98,7 @@ def merge_rows(
     todo: Runs,
     *,
     num_tiles: int = 0,
+    per_lane: int = 0,
     combine: Callable[[Array, Array], Array] | None = None,
     interpret: Any = False,
     name: str,
@@ -108,31 +109,30 @@ def merge_rows(
     `num_tiles` pages of one tile each, and rows that no run fills are unspecified. The source
     is not the pool itself. `combine(old, new)` makes the rows of a tile, `[heads, rows, lanes]`
     with 32 bits each, from what is there and what is moved there, if it is not a plain copy.
+    With `per_lane`, what is moved are not rows but lanes, of which a page uses that many.
     """
-    rows = tile_rows(source.dtype if pool is None else pool.dtype)
-    if pool is None:
-        shape = (num_tiles, source.shape[1], rows, source.shape[3])
-    else:
-        shape = pool.shape
-    dtype = source.dtype if pool is None else pool.dtype
+    like = source if pool is None else pool
+    dtype, rows = like.dtype, per_lane or tile_rows(like.dtype)
+    height = like.shape[2] if per_lane else rows  # of a tile in memory
+    shape = (num_tiles, source.shape[1], height, source.shape[3]) if pool is None else pool.shape
 
     def tile_of(shape: tuple[int, ...], field: str) -> pl.BlockSpec:
-        per_page = shape[2] // rows
+        per_page = shape[2] // height
 
         def index(i, *scalars):
             tile = getattr(Runs(*scalars), field)[i] // rows
             return tile // per_page, 0, tile % per_page, 0
 
-        return pl.BlockSpec((1, shape[1], rows, shape[3]), index)
+        return pl.BlockSpec((1, shape[1], height, shape[3]), index)
 
     in_specs = [tile_of(source.shape, "src")]
     if pool is not None:
         in_specs.append(tile_of(shape, "dst"))
-    count = todo.src.shape[0]
-    moved = count * (source.shape[1] * source.shape[3] * source.dtype.itemsize)
-    kept = count * shape[1] * shape[3] * jnp.dtype(dtype).itemsize
+    count, across = todo.src.shape[0], 2 if per_lane else 3
+    moved = count * source.shape[1] * source.shape[across] * source.dtype.itemsize
+    kept = count * shape[1] * shape[across] * dtype.itemsize
     return pl.pallas_call(
-        functools.partial(_body, rows=rows, combine=combine),
+        functools.partial(_body, rows=rows, axis=2 if per_lane else 1, combine=combine),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(todo),
             grid=(todo.count[0],),
@@ -162,6 +162,19 @@ def from_tiles(x: Array, tokens: int) -> Array:
     """What `as_tiles` was made of."""
     x = x.swapaxes(1, 2)
     return x.reshape(-1, *x.shape[2:])[:tokens]
+
+
+def as_lane_tiles(x: Array, slots: int, lanes: int) -> Array:
+    """Scales `[tokens, rows]` as pages of `slots` tokens, `[tiles, 1, rows, lanes]`."""
+    x = jnp.pad(x, ((0, -x.shape[0] % slots), (0, 0)))
+    x = x.reshape(-1, slots, x.shape[1]).swapaxes(1, 2)[:, None]
+    return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, lanes - slots)))
+
+
+def from_lane_tiles(x: Array, slots: int, tokens: int) -> Array:
+    """What `as_lane_tiles` was made of."""
+    x = x[:, 0, :, :slots].swapaxes(1, 2)
+    return x.reshape(-1, x.shape[2])[:tokens]
 
 
 def stored_pool(pages: Any) -> None:

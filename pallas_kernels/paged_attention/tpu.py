@@ -18,6 +18,7 @@ from kvjax.pallas_kernels.paged_attention.tpu_decode import decode
 from kvjax.pallas_kernels.paged_attention.tpu_items import decode_items, prefill_items
 from kvjax.pallas_kernels.paged_attention.tpu_prefill import prefill
 from kvjax.pallas_kernels.paged_attention.tpu_stream import Geometry
+from kvjax.pallas_kernels.tuning import block_sizes, rule
 
 _READABLE = (  # uint16 and uint8 are the bits of bfloat16 and float8
     jnp.float32, jnp.bfloat16, jnp.uint16, jnp.int8, jnp.uint8, jnp.float8_e4m3fn,
@@ -62,8 +63,8 @@ def refuse(pages, block_tables, interpret: Any = False) -> None:
     """Raises NotImplementedError with the reason why these pages cannot be read by Mosaic TPU."""
     if not isinstance(pages, PackedPages):
         raise NotImplementedError("tpu: pages are split; the kernels read packed pages")
-    if not interpret and not compat.targets_tpu():
-        raise NotImplementedError(f"tpu: the platform is {jax.default_backend()}")
+    if not interpret:
+        compat.probe_tpu()
     dtype, page_size = pages.kv.dtype, pages.kv.shape[2]
     if dtype not in _READABLE:
         raise NotImplementedError(f"tpu: pages are {dtype}, which the kernels cannot unpack")
@@ -91,7 +92,7 @@ def geometry(
     if value_width is not None:
         v_lanes = -(-value_width // 128) * 128
     per_key = kv_heads * lanes * pages.kv.dtype.itemsize
-    keys = min(512, max(128, _power_of_two(_BLOCK_BYTES // per_key)))
+    keys = block_sizes("paged_attention/tpu_keys", bytes_per_key=per_key)["keys"]
     keys = min(keys, pages_per_seq * page_size)
     return Geometry(
         kv_heads=kv_heads, group=q_heads // kv_heads, page_size=page_size,
@@ -112,14 +113,34 @@ def _lane_aligned(x: Array, lanes: int) -> Array:
     return jnp.pad(x, ((0, 0),) * (x.ndim - 1) + ((0, lanes - x.shape[-1]),))
 
 
-def prefill_shape(g: Geometry, tokens: int) -> tuple[int, int]:
-    """Query tokens per tile and per chunk: about 128 rows a product, a tile that fits VMEM."""
-    # the tokens of a chunk are rows of one product beside each other, so 8 or one by one
-    chunk = 1 if g.group >= 64 else max(8, _power_of_two(128 // g.group))
+@rule("paged_attention/tpu_keys")
+def _keys(bytes_per_key: int) -> dict[str, int]:
+    """Keys per block, the same in both bodies: a buffer of about a MiB."""
+    return {"keys": min(512, max(128, _power_of_two(_BLOCK_BYTES // bytes_per_key)))}
+
+
+@rule("paged_attention/tpu_prefill")
+def _prefill_sizes(group: int, bytes_per_token: int) -> dict[str, int]:
+    """Query tokens per tile and per chunk: about 128 rows a product, a tile that fits VMEM.
+
+    The tokens of a chunk are rows beside each other, so there are whole registers of 8, or one.
+    """
+    chunk = 1 if group >= 64 else max(8, _power_of_two(128 // group))
+    return {"tile": min(128, _power_of_two(_TILE_BYTES // bytes_per_token)), "chunk": chunk}
+
+
+def prefill_sizes(g: Geometry, tokens: int) -> tuple[int, int]:
+    """Query tokens per tile and per chunk, powers of two."""
     rows = g.kv_heads * g.group
     per_token = 2 * rows * (g.q_lanes * g.q_dtype.itemsize + 4 * g.v_lanes + 4 * 128 * 2)
-    tile = min(128, _power_of_two(_TILE_BYTES // per_token), 2 * _power_of_two(tokens))
-    return max(tile, chunk, 8), chunk
+    sizes = block_sizes("paged_attention/tpu_prefill", group=g.group, bytes_per_token=per_token)
+    return max(8, sizes["chunk"], min(sizes["tile"], 2 * _power_of_two(tokens))), sizes["chunk"]
+
+
+def prefill_tile(pages: PackedPages, q_heads: int, value_width: int | None, tokens: int) -> int:
+    """Query tokens that share one walk over their keys, for whoever counts bytes."""
+    g = geometry(pages, q_heads, value_width, 0, None, False, False, 1)
+    return prefill_sizes(g, tokens)[0]
 
 
 class _Call:
@@ -163,7 +184,7 @@ class _Call:
     def tiles(self, q: Array) -> list[Array]:
         """Rows of the sequences that bring several tokens; the other rows are zeros."""
         g, tokens = self.g, q.shape[0]
-        tile, chunk = prefill_shape(g, tokens)
+        tile, chunk = prefill_sizes(g, tokens)
         missing = -tokens % tile
         token = jnp.arange(tokens, dtype=jnp.int32)
         owner = jnp.searchsorted(self.starts, token, side="right").astype(jnp.int32) - 1

@@ -157,7 +157,7 @@ def prefill(
     geometry: Geometry, items: Items, tables, q, rows, sinks, pool, scales, cost: Any, *,
     tile: int, chunk: int,
 ) -> list[Array]:  # fmt: skip
-    """`q[T / chunk, kv_heads, group * chunk, q_lanes]` to `[..., v_lanes]`, maybe an lse `[..., 1]`.
+    """`q[T / chunk, kv_heads, group * chunk, q_lanes]` to `[..., v_lanes]`, lse to `[..., 1]`.
 
     `rows[T, 2 + words]` holds `visible_lo`, `visible_hi` (cut to the sequence) and the tail mask;
     `tile` is a multiple of `chunk`, T of `tile`. Rows of tiles without an item are left unwritten.
