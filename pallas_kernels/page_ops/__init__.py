@@ -48,12 +48,15 @@ __all__ = [
 
 
 def _operation(name: str) -> Operation:
-    return Operation(
+    operation = Operation(
         f"page_ops.{name}",
         {"*": ("xla",)},
         {"xla": getattr(xla, name), "reference": getattr(reference, name)},
         {"reference": "numpy on the host, the specification: only by name, outside jit"},
     )
+    operation.register("tpu", later("kvjax.pallas_kernels.page_ops.tpu", name), platforms=("tpu",))
+    operation.probes["tpu"] = later("kvjax.pallas_kernels.compat", "probe_tpu")
+    return operation
 
 
 _write, _gather, _copy = map(_operation, ("write_slots", "gather_slots", "copy_pages"))

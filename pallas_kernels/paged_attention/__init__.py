@@ -31,6 +31,10 @@ _attend = Operation(
 _attend.register(
     "gpu", later("kvjax.pallas_kernels.paged_attention.gpu", "paged_attention"), platforms=("gpu",)
 )
+_attend.register(
+    "tpu", later("kvjax.pallas_kernels.paged_attention.tpu", "paged_attention"), platforms=("tpu",)
+)
+_attend.probes["tpu"] = later("kvjax.pallas_kernels.compat", "probe_tpu")
 
 
 def paged_attention(

@@ -30,6 +30,10 @@ _move.register(
     "gpu", later("kvjax.pallas_kernels.reposition.gpu", "reposition"), platforms=("gpu",)
 )
 _move.probes["gpu"] = later("kvjax.pallas_kernels.hopper", "probe_copies")
+_move.register(
+    "tpu", later("kvjax.pallas_kernels.reposition.tpu", "reposition"), platforms=("tpu",)
+)
+_move.probes["tpu"] = later("kvjax.pallas_kernels.compat", "probe_tpu")
 
 
 def reposition(
