@@ -1,6 +1,7 @@
 """The Mosaic GPU kernels, compiled for an H100 (sm_90) without one: `python -m tests.aot.cuda`.
 
-Needs the CUDA plugin of the installed jax and the compilers of `requirements-cuda.txt`, no driver.
+Needs the CUDA plugin and PJRT of the installed jax (`jax-cuda13-plugin`, `jax-cuda13-pjrt`) and
+`nvidia-cuda-nvcc nvidia-nvvm nvidia-cuda-runtime nvidia-cuda-cupti nvidia-nvjitlink`; no driver.
 It proves that a kernel compiles to a cubin, fits shared memory, works in place and copies no pool;
 it proves neither numbers nor speed. LLVM may abort the process on what it cannot select, so the
 cases run in a child that is started again after an abort.
