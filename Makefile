@@ -10,11 +10,12 @@ VERSION := $(shell $(PYTHON) -c 'import sys; print("%d%d" % sys.version_info[:2]
 VENV ?= .venv
 BIN := $(VENV)/bin
 PARITY := .venv-parity
+AOT := .venv-aot
 CONSTRAINTS := $(wildcard constraints-py$(VERSION).txt)
 PIP_FLAGS := --quiet --quiet --disable-pip-version-check $(addprefix -c ,$(CONSTRAINTS))
 WORKERS ?= 2
 
-.PHONY: help demo test test-slow lint parity bench clean
+.PHONY: help demo test test-slow lint parity aot bench clean
 
 help:
 	@echo "make demo       install, fetch a small model, run batch inference over examples/"
@@ -22,6 +23,7 @@ help:
 	@echo "make test-slow  the tests of over ten seconds"
 	@echo "make lint       ruff, pyright, import contracts"
 	@echo "make parity     against a live transformers, in an environment of its own"
+	@echo "make aot        kernels compiled for TPUs without one, in an environment of its own"
 	@echo "make bench      against other engines, in environments of their own"
 	@echo "make clean      remove the environments"
 
@@ -72,8 +74,13 @@ $(PARITY_STAMP): pyproject.toml $(CONSTRAINTS)
 parity: $(PARITY_STAMP)
 	$(PARITY)/bin/python -m tests.parity.parity_check
 
+# libtpu's compiler needs no TPU. What the installed jax has no compiler for is skipped, and said.
+aot:
+	@$(MAKE) --no-print-directory VENV=$(AOT) $(AOT)/stamp-$(VERSION)-aot
+	$(AOT)/bin/python -m tests.aot
+
 bench: $(STAMP)
 	$(BIN)/kvjax bench engine
 
 clean:
-	rm -rf $(VENV) $(PARITY) build *.egg-info
+	rm -rf $(VENV) $(PARITY) $(AOT) build *.egg-info

@@ -30,7 +30,7 @@ def tpu_interpreter(*, dma_execution_mode: str = "on_wait") -> Any:
     """
     options: dict[str, Any] = {"dma_execution_mode": dma_execution_mode, "detect_races": True}
     if "on_race" in pltpu.InterpretParams.__dataclass_fields__:  # 0.12: else it would raise
-        options["on_race"] = "log"
+        options["on_race"] = "warn"
     return pltpu.InterpretParams(**options)
 
 
@@ -38,6 +38,7 @@ def tpu_races() -> bool:
     """Whether the last kernel under `tpu_interpreter` raced. Forgets the interpreter's state."""
     from jax._src.pallas.mosaic.interpret import interpret_pallas_call as interpreter
 
-    found = interpreter.get_races().races_found
+    races = interpreter.races
+    assert races is not None, "no kernel has run under tpu_interpreter"
     pltpu.reset_tpu_interpret_mode_state()
-    return bool(found)
+    return races.races_found
