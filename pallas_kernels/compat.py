@@ -33,7 +33,7 @@ def tpu_interpreter(*, dma_execution_mode: str = "on_wait") -> Any:
     """
     options: dict[str, Any] = {"dma_execution_mode": dma_execution_mode, "detect_races": True}
     if "on_race" in pltpu.InterpretParams.__dataclass_fields__:  # 0.12: else it would raise
-        options["on_race"] = "log"
+        options["on_race"] = "warn"
     return pltpu.InterpretParams(**options)
 
 
@@ -41,9 +41,10 @@ def tpu_races() -> bool:
     """Whether the last kernel under `tpu_interpreter` raced. Forgets the interpreter's state."""
     from jax._src.pallas.mosaic.interpret import interpret_pallas_call as interpreter
 
-    found = interpreter.get_races().races_found
+    races = interpreter.races
+    assert races is not None, "no kernel has run under tpu_interpreter"
     pltpu.reset_tpu_interpret_mode_state()
-    return bool(found)
+    return races.races_found
 
 
 def load(ref: Any, layout: Any, *, optimized: bool = True) -> Any:
@@ -74,13 +75,6 @@ def in_place(kernel: Any, pool: jax.Array, inputs: tuple[Any, ...], **options: A
     ref = jax.new_ref(pool)
     mosaic_gpu.kernel(kernel, out_type=(), **options)(ref, *inputs)
     return jax.freeze(ref)
-
-
-def transposed(ref: Any) -> Any:
-    """A view of the matrix `ref` in shared memory with its two axes exchanged."""
-    if hasattr(ref, "transpose"):  # jax 0.12
-        return ref.transpose((1, 0))
-    return mosaic_gpu.transpose_ref(ref, (1, 0))
 
 
 def interpret_gpu(**params: Any) -> Any:

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from kvjax.pallas_kernels.compat import load, transposed
+from kvjax.pallas_kernels.compat import load
 from kvjax.pallas_kernels.compat import mosaic_gpu as plgpu
 
 ROWS = 64  # rows of a warpgroup's matrix product
@@ -59,7 +59,7 @@ class Warpgroup:
             return _dot(_read(q), _read(k), 1)
 
         def product(acc: Any) -> jax.Array:
-            plgpu.wgmma(acc, q, transposed(k))
+            plgpu.wgmma(acc, q, k.transpose((1, 0)))
             return acc[...]
 
         return pl.run_scoped(product, plgpu.ACC((q.shape[0], k.shape[0]), jnp.float32))

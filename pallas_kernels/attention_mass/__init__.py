@@ -63,7 +63,7 @@ def attention_mass(
     """
     query_starts, kv_lens, visible_hi = check_arguments(
         q, pages, block_tables, query_starts, kv_lens, visible_lo, visible_hi,
-                    tail_mask=tail_mask, value_width=value_width, checks=checks,
+        tail_mask=tail_mask, value_width=value_width, checks=checks,
     )  # fmt: skip
     if lse.shape != q.shape[:2]:
         raise ValueError(f"expected an lse per token and head {q.shape[:2]}, got {lse.shape=}")

@@ -61,8 +61,7 @@ def cascade_attention(
     """
     query_starts, kv_lens, visible_hi = check_arguments(
         q, pages, block_tables, query_starts, kv_lens, visible_lo, visible_hi,
-                    tail_mask=tail_mask, sinks=sinks, value_width=value_width,
-                    checks=checks,
+        tail_mask=tail_mask, sinks=sinks, value_width=value_width, checks=checks,
     )  # fmt: skip
     groups = prefix_lens.shape[0]
     if group_starts.shape != (groups + 1,) or not groups:

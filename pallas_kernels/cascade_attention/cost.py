@@ -33,7 +33,7 @@ def plan_cascade(
 ) -> CascadePlan:
     """Groups neighbours that share leading pages, where sharing saves bytes, and counts.
 
-    Sequences that share a prefix must stand side by side; sorting them by their tables puts them so.
+    Sequences that share a prefix must stand side by side; sorting by block table puts them so.
     Only whole pages count as shared, up to the shortest member.
 
     Args:

@@ -1,5 +1,7 @@
 """What page operations check of their arguments."""
 
+import jax.numpy as jnp
+
 from kvjax.pallas_kernels.checks import Checks
 from kvjax.pallas_kernels.page_ops.pages import LayerPages, Pages
 
@@ -49,6 +51,8 @@ def widths_of(pages: Pages, widths: Widths | None) -> Widths:
 
 def check_ids(name: str, ids, last: int, checks: bool, *, distinct: bool = False):
     """Ids are -1 (padding) or in `0..last`. Returns them, or padding if a traced check fails."""
+    if not jnp.issubdtype(ids.dtype, jnp.integer):
+        raise ValueError(f"{name} must be integers, got {ids.dtype}")
     check = Checks((ids,), traced=checks)
     if check.active:
         (x,) = check.arrays(ids)

@@ -82,8 +82,7 @@ def paged_attention(
     """
     query_starts, kv_lens, visible_hi = check_arguments(
         q, pages, block_tables, query_starts, kv_lens, visible_lo, visible_hi,
-                    tail_mask=tail_mask, sinks=sinks, value_width=value_width,
-                    checks=checks,
+        tail_mask=tail_mask, sinks=sinks, value_width=value_width, checks=checks,
     )  # fmt: skip
     with jax.named_scope("paged_attention"):
         return _attend(

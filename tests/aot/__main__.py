@@ -9,7 +9,8 @@ import subprocess
 import sys
 import time
 
-TARGETS = ("tests.aot.tpu", "tests.aot.cuda")  # modules with `--minutes`; they skip themselves with the reason
+# modules with `--minutes`; they skip themselves with the reason
+TARGETS = ("tests.aot.tpu", "tests.aot.cuda")
 
 
 def main() -> int:

@@ -1,6 +1,7 @@
 """KV on the device: what a spec says it takes is what is allocated, in every dtype."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -38,7 +39,7 @@ def test_one_byte_pages_take_their_numbers_and_four_bytes_per_slot_and_head():
 @pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn"])
 def test_copied_pages_take_their_scales_along(dtype):
     pages = KVPages.allocate(spec(dtype), num_pages=4)
-    marked = jax.tree.map(lambda x: x.at[1].set(3), pages)
+    marked = jax.tree.map(lambda x: jnp.zeros_like(x).at[1].set(3), pages)
     copied = marked.copied(np.array([1, 0], np.int32), np.array([2, -1], np.int32))
     for x in jax.tree.leaves(copied):
         np.testing.assert_array_equal(np.asarray(x)[2], 3)

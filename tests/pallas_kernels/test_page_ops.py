@@ -268,6 +268,10 @@ def test_arguments_that_do_not_fit_are_refused():
         write_slots(pages, k[..., :4], v, jnp.zeros(TOKENS, jnp.int32))
     with pytest.raises(ValueError, match=r"keys must be \[tokens, 3"):
         write_slots(pages, k[:, :2], v, jnp.zeros(TOKENS, jnp.int32))
+    with pytest.raises(ValueError, match="slots must be integers, got float32"):
+        gather_slots(pages, np.zeros(3, np.float32))
+    with pytest.raises(ValueError, match="slots must be a vector"):
+        gather_slots(pages, np.zeros((3, 1), np.int32))
     with pytest.raises(ValueError, match="need widths"):
         gather_slots(pack_pages(pages), ids)
     with pytest.raises(ValueError, match="lanes do not hold"):

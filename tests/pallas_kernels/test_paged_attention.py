@@ -1,5 +1,7 @@
 """The compiled backends against the float64 oracle, with NaN wherever nothing may be read."""
 
+from typing import Any
+
 import jax
 import numpy as np
 import pytest
@@ -131,6 +133,37 @@ def test_queries_may_see_any_interval_and_nobody_else_is_read(backend, seqs, see
     assert_matches_reference(p, backend=backend)
 
 
+@st.composite
+def ragged(draw) -> dict[str, Any]:
+    """Lengths around pages, any of their ends as queries, windows, ratios of heads, options."""
+    kv_heads, group = draw(st.sampled_from([(1, 1), (3, 3), (1, 9), (2, 7), (4, 1), (2, 4)]))
+    latent = draw(st.sampled_from([None, 32])) if kv_heads == 1 else None
+    width = draw(st.sampled_from([32, 64, 80, 128, 256])) if latent is None else 40
+    window = draw(st.sampled_from([None, 1, 20]))
+    seqs = []
+    for _ in range(4):
+        kv_len = draw(st.sampled_from([0, 1, 15, 16, 17, 31, 260]))
+        queries = draw(st.integers(0, min(kv_len, 8)))
+        seqs.append((kv_len, causal(kv_len, queries, window)))
+    return {
+        "heads": Heads(kv_heads * group, kv_heads, width, latent),
+        "seqs": seqs,
+        "physical": draw(st.sampled_from([np.float32, np.uint16, np.int8, np.uint8])),
+        "tail_words": draw(st.integers(0, 2)),
+        "sinks": draw(st.booleans()),
+        "soft_cap": draw(st.sampled_from([None, 3.0])),
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", BACKENDS)
+@settings(max_examples=40, deadline=None)
+@given(ragged(), st.integers(0, 2**32 - 1))
+def test_any_shape_dtype_and_option_matches_the_oracle(backend, drawn, seed):
+    heads, seqs = drawn.pop("heads"), drawn.pop("seqs")
+    assert_matches_reference(problem(seed, heads, seqs, num_tokens=32, **drawn), backend=backend)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_row_that_sees_nothing_gives_zeros_and_no_mass(backend):
     p = problem(5, SMOLLM2, [(40, [(7, 7), (20, 3), (0, 40)]), (0, [(0, 1)])])
@@ -182,6 +215,9 @@ def test_lse_can_be_left_out_and_numpy_arguments_need_no_jit(backend):
         ({"kv_lens": np.zeros(3, np.int32)}, "query starts"),
         ({"hi": np.zeros(4, np.int32)}, "expected 90 intervals"),
         ({"tail_mask": np.zeros((3, 1), np.uint32)}, "tail_mask"),
+        ({"lo": np.zeros(90, np.float32)}, "visible_lo must be int32, got float32"),
+        ({"q": np.zeros((90, 64), np.float32)}, r"q must be \[tokens"),
+        ({"block_tables": np.zeros(7, np.int32)}, r"block_tables must be \[seqs"),
         ({"sinks": np.zeros(3, np.float32)}, "one sink per query head"),
     ],
     ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",

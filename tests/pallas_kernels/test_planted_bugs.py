@@ -47,6 +47,21 @@ def reads_the_neighbouring_page(q, pages, tables, *args, **options):
     return run(q, pages, (tables + 1) % pages.num_pages, *args, **options)
 
 
+def forgets_the_scales(q, pages, *args, **options):
+    return run(
+        q, jax.tree.map(np.ones_like, pages)._replace(k=pages.k, v=pages.v), *args, **options
+    )
+
+
+def scales_values_as_keys(q, pages, *args, **options):
+    return run(q, pages._replace(v_scale=pages.k_scale), *args, **options)
+
+
+def takes_the_next_slots_scale(q, pages, *args, **options):
+    shifted = np.roll(pages.k_scale, 1, axis=2)
+    return run(q, pages._replace(k_scale=shifted), *args, **options)
+
+
 def run_as_is(*args, **options):
     return run(*args, **options)
 
@@ -73,6 +88,18 @@ def registered(request):
 @pytest.mark.parametrize("registered", BUGS, ids=lambda bug: bug.__name__, indirect=True)
 def test_a_planted_bug_is_caught(registered):
     p = problem(1, Heads(4, 2, 32), SCATTERED, tail_words=1, sinks=True)
+    with pytest.raises(AssertionError):
+        assert_matches_reference(p, backend=registered)
+
+
+QUANTISED = [forgets_the_scales, scales_values_as_keys, takes_the_next_slots_scale]
+
+
+@pytest.mark.parametrize("physical", [np.int8, np.uint8], ids=["int8", "float8"])
+@pytest.mark.parametrize("registered", QUANTISED, ids=lambda bug: bug.__name__, indirect=True)
+def test_a_planted_bug_in_quantised_pages_is_caught(registered, physical):
+    p = problem(1, Heads(4, 2, 32), SCATTERED, physical=physical)
+    assert_matches_reference(p, backend="xla")
     with pytest.raises(AssertionError):
         assert_matches_reference(p, backend=registered)
 

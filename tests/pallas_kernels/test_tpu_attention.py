@@ -12,7 +12,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from kvjax.pallas_kernels import OPERATIONS, compat, pack_pages, paged_attention
+from kvjax.pallas_kernels import OPERATIONS, compat, pack_pages, paged_attention, tuning
 from kvjax.pallas_kernels.paged_attention import tpu, tpu_stream
 from tests.pallas_kernels.attention_cases import Heads, Problem, attend, causal, problem
 
@@ -53,6 +53,16 @@ LONG = {
 }  # fmt: skip
 
 
+@pytest.fixture(autouse=True)
+def short_blocks():
+    """Few pages per block: quick to compile, and small problems have several blocks to wait for."""
+    tuning.try_sizes("paged_attention/tpu_keys", {"keys": 48})
+    tuning.try_sizes("paged_attention/tpu_prefill", {"tile": 16})
+    yield
+    tuning.try_sizes("paged_attention/tpu_keys", None)
+    tuning.try_sizes("paged_attention/tpu_prefill", None)
+
+
 def packed(p: Problem) -> Problem:
     """The same problem on packed pages, bits read as the numbers that they are."""
 
@@ -69,7 +79,8 @@ def run(p: Problem, max_query_len: int | None, interpret=True) -> tuple[np.ndarr
         interpret=interpret,
     )  # fmt: skip
     p = packed(p)
-    o, lse = jax.jit(call)(
+    quick = {"xla_backend_optimization_level": 0} if interpret is True else None
+    o, lse = jax.jit(call, compiler_options=quick)(
         p.q, p.pages, p.block_tables, p.query_starts, p.kv_lens, p.lo, p.hi,
         tail_mask=p.tail_mask, sinks=p.sinks,
     )  # fmt: skip
@@ -100,21 +111,9 @@ def small(max_query_len: int | None) -> Problem:
     return problem(20, Heads(4, 2, 32), seqs, pages_per_seq=4, tail_words=1)
 
 
-@pytest.fixture
-def short_blocks(monkeypatch):
-    """Two pages per block, so that small problems have several blocks to wait for."""
-    monkeypatch.setattr(tpu, "block_sizes", lambda kernel, **facts: _sizes[kernel])
-
-
-_sizes = {
-    "paged_attention/tpu_keys": {"keys": 32},
-    "paged_attention/tpu_prefill": {"tile": 8, "chunk": 8},
-}
-
-
 @pytest.mark.parametrize("mode", ["eager", "on_wait"])
 @pytest.mark.parametrize("max_query_len", [1, None], ids=["decode", "prefill"])
-def test_nothing_races_whenever_copies_happen(short_blocks, max_query_len, mode):
+def test_nothing_races_whenever_copies_happen(max_query_len, mode):
     p = small(max_query_len)
     got = run(p, max_query_len, compat.tpu_interpreter(dma_execution_mode=mode))
     assert not compat.tpu_races()
@@ -136,7 +135,7 @@ BUGS = [ForgetsToWait, CopiesIntoTheBufferInUse]
 
 @pytest.mark.parametrize("bug", BUGS, ids=lambda bug: bug.__name__)
 @pytest.mark.parametrize("max_query_len", [1, pytest.param(None, marks=SLOW)], ids=str)
-def test_a_planted_race_is_caught(short_blocks, monkeypatch, bug, max_query_len):
+def test_a_planted_race_is_caught(monkeypatch, bug, max_query_len):
     from kvjax.pallas_kernels.paged_attention import tpu_decode, tpu_prefill
 
     monkeypatch.setattr(tpu_decode, "PageStream", bug)
