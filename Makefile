@@ -10,11 +10,12 @@ VERSION := $(shell $(PYTHON) -c 'import sys; print("%d%d" % sys.version_info[:2]
 VENV ?= .venv
 BIN := $(VENV)/bin
 PARITY := .venv-parity
+AOT ?= .venv-aot
 CONSTRAINTS := $(wildcard constraints-py$(VERSION).txt)
 PIP_FLAGS := --quiet --quiet --disable-pip-version-check $(addprefix -c ,$(CONSTRAINTS))
 WORKERS ?= 2
 
-.PHONY: help demo test test-slow lint parity bench clean
+.PHONY: help demo test test-slow lint parity aot bench clean
 
 help:
 	@echo "make demo       install, fetch a small model, run batch inference over examples/"
@@ -22,6 +23,7 @@ help:
 	@echo "make test-slow  the tests of over ten seconds"
 	@echo "make lint       ruff, pyright, import contracts"
 	@echo "make parity     against a live transformers, in an environment of its own"
+	@echo "make aot        kernels compiled for TPUs and GPUs without one, in an environment of its own"
 	@echo "make bench      against other engines, in environments of their own"
 	@echo "make clean      remove the environments"
 
@@ -72,8 +74,14 @@ $(PARITY_STAMP): pyproject.toml $(CONSTRAINTS)
 parity: $(PARITY_STAMP)
 	$(PARITY)/bin/python -m tests.parity.parity_check
 
+# Neither libtpu's compiler nor CUDA's needs a device. What the installed jax has no compiler for is
+# skipped, and said: CUDA wants Python 3.12. AOT_TARGETS=tests.aot.cuda compiles for that alone.
+aot:
+	@$(MAKE) --no-print-directory VENV=$(AOT) $(AOT)/stamp-$(VERSION)-aot
+	$(AOT)/bin/python -m tests.aot $(AOT_TARGETS)
+
 bench: $(STAMP)
 	$(BIN)/kvjax bench engine
 
 clean:
-	rm -rf $(VENV) $(PARITY) build *.egg-info
+	rm -rf $(VENV) $(PARITY) $(AOT) build *.egg-info

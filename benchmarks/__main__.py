@@ -1,4 +1,4 @@
-"""`python -m benchmarks COMMAND`: `engine` measures, `table` shows a results file."""
+"""`python -m benchmarks COMMAND`: `engine` and others measure, `table` shows an engine result."""
 
 import argparse
 import importlib
@@ -11,6 +11,7 @@ from kvjax.benchmarks import results
 
 COMMANDS = {  # name -> (module with `add_arguments` and `run`, help)
     "engine": ("kvjax.benchmarks.engine", "kvjax and its peers with the same work, interleaved"),
+    "kernels": ("kvjax.benchmarks.kernels", "the kernels against the device's own ceilings"),
     "overhead": ("kvjax.benchmarks.overhead", "the engine against its own compiled parts"),
 }
 

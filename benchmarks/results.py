@@ -87,10 +87,15 @@ class Results:
 
     def save(self) -> None:
         """Writes the file; a reader sees the old or the new one, never a part."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        partial = self.path.with_name(self.path.name + ".partial")
-        partial.write_text(json.dumps(self.as_json(), indent=1) + "\n")
-        os.replace(partial, self.path)
+        write_json(self.path, self.as_json())
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes `value` to `path`; a reader sees the old or the new file, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(value, indent=1) + "\n")
+    os.replace(partial, path)
 
 
 def read(path: Path) -> dict[str, Any]:

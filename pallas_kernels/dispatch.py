@@ -1,6 +1,7 @@
 """Choosing a backend. A backend refuses with `NotImplementedError("why")`; every reason is kept."""
 
 import dataclasses
+import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -76,3 +77,15 @@ class Operation:
             except NotImplementedError as why:
                 refusals.append(why)
         raise ExceptionGroup(f"no backend of {self.name} accepts these inputs", refusals)
+
+
+def later(module: str, name: str) -> Callable[..., Any]:
+    """The function `name` of `module`, which is imported at the first call.
+
+    For backends of other devices: a CPU need not load their compilers to start.
+    """
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return getattr(importlib.import_module(module), name)(*args, **kwargs)
+
+    return call

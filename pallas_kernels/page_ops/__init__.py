@@ -10,7 +10,7 @@ a ValueError where their values are at hand; `checks=True` is for those that are
 import jax
 from jaxtyping import Array, Float, Int
 
-from kvjax.pallas_kernels.dispatch import Operation
+from kvjax.pallas_kernels.dispatch import Operation, later
 from kvjax.pallas_kernels.page_ops import cpu, reference, xla
 from kvjax.pallas_kernels.page_ops.arguments import (
     Widths,
@@ -50,12 +50,15 @@ __all__ = [
 
 
 def _operation(name: str) -> Operation:
-    return Operation(
+    operation = Operation(
         f"page_ops.{name}",
         {"*": ("xla",)},
         {"xla": getattr(xla, name), "reference": getattr(reference, name)},
         {"reference": "numpy on the host, the specification: only by name, outside jit"},
     )
+    operation.register("tpu", later("kvjax.pallas_kernels.page_ops.tpu", name), platforms=("tpu",))
+    operation.probes["tpu"] = later("kvjax.pallas_kernels.compat", "probe_tpu")
+    return operation
 
 
 _empty = Operation(
@@ -66,6 +69,8 @@ _empty = Operation(
 )
 _write, _gather, _copy = map(_operation, ("write_slots", "gather_slots", "copy_pages"))
 _export, _import = map(_operation, ("export_span", "import_span"))
+_copy.register("gpu", later("kvjax.pallas_kernels.page_ops.gpu", "copy_pages"), platforms=("gpu",))
+_copy.probes["gpu"] = later("kvjax.pallas_kernels.hopper", "probe_copies")
 
 
 def empty_pool(

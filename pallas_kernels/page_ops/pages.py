@@ -58,10 +58,14 @@ class PackedPages(NamedTuple):
 
     With `half = kv.shape[3] // 2`, keys start at lane 0 and values at lane `half`; lanes past a
     width are padding. Latent pages (`value_width` is given) use all lanes for the key.
+
+    Scales have the slots along their lanes, where a kernel multiplies scores by them: row `h` is
+    head `h` of the keys, row `kv_heads + h` that of the values, if any. Rows are padded to 8 and
+    slots to 128, which the memory of a TPU does anyway.
     """
 
     kv: Array  # [pages, kv_heads, page_size, lanes]
-    scale: Array | None = None  # f32[pages, kv_heads, page_size, 2]: of the key, of the value
+    scale: Array | None = None  # f32[pages, rows, slots]
 
     @property
     def num_pages(self) -> int:

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from kvjax.pallas_kernels.page_ops.packing import pack_rows, pack_scales, split_scales
 from kvjax.pallas_kernels.page_ops.pages import KVSpan, LayerPages, PackedPages, Pages
 from kvjax.pallas_kernels.page_ops.quantise import decode, encode
 
@@ -53,28 +54,29 @@ def export_span(pages: Pages, slots: Array, widths) -> KVSpan:
     rows = load_rows(pages, slots)
     if isinstance(rows, LayerPages):
         return KVSpan(*rows)
-    k_width, v_width = widths
-    scale = (None, None) if rows.scale is None else (rows.scale[..., 0], rows.scale[..., 1])
-    if v_width is None:
-        return KVSpan(rows.kv[..., :k_width], None, scale[0], None)
-    half = rows.kv.shape[-1] // 2
-    return KVSpan(rows.kv[..., :k_width], rows.kv[..., half : half + v_width], *scale)
+    return unpack_span(rows, pages.kv_heads, widths)
+
+
+def unpack_span(rows: PackedPages, kv_heads: int, widths) -> KVSpan:
+    """Keys, values and scales of packed rows."""
+    (k_width, v_width), half = widths, rows.kv.shape[-1] // 2
+    v = None if v_width is None else rows.kv[..., half : half + v_width]
+    return KVSpan(rows.kv[..., :k_width], v, *split_scales(rows.scale, kv_heads, v_width is None))
+
+
+def pack_span(span: KVSpan, pages: PackedPages) -> PackedPages:
+    """Packed rows of a span, as wide as those of `pages`."""
+    scale = None
+    if span.k_scale is not None and pages.scale is not None:
+        scale = pack_scales(span.k_scale, span.v_scale, pages.scale.shape[1])
+    return PackedPages(pack_rows(span.k, span.v, pages.kv.shape[3]), scale)
 
 
 def import_span(pages: Pages, span: KVSpan, slots: Array) -> Pages:
     """See `kvjax.pallas_kernels.import_span`."""
     if isinstance(pages, LayerPages):
         return store_rows(pages, LayerPages(*span), slots)
-    parts = [span.k] if span.v is None else [span.k, span.v]
-    half = pages.kv.shape[3] // len(parts)
-    kv = jnp.concatenate(
-        [jnp.pad(x, ((0, 0), (0, 0), (0, half - x.shape[2]))) for x in parts], axis=-1
-    )
-    scale = None
-    if span.k_scale is not None:
-        v_scale = jnp.ones_like(span.k_scale) if span.v_scale is None else span.v_scale
-        scale = jnp.stack([span.k_scale, v_scale], axis=-1)
-    return store_rows(pages, PackedPages(kv, scale), slots)
+    return store_rows(pages, pack_span(span, pages), slots)
 
 
 def load_rows(pages: Pages, slots: Array) -> Pages:

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 from jaxtyping import Array, Float, Int, UInt32
 
-from kvjax.pallas_kernels.dispatch import Operation
+from kvjax.pallas_kernels.dispatch import Operation, later
 from kvjax.pallas_kernels.page_ops import Pages
 from kvjax.pallas_kernels.paged_attention import cpu, reference, xla
 from kvjax.pallas_kernels.paged_attention.arguments import check_arguments
@@ -26,8 +26,15 @@ _attend = Operation(
         "reference": reference.paged_attention,
     },
     {"reference": "float64 numpy on the host, the specification: only by name, outside jit"},
-    {"cpu": cpu.probe},
+    {"cpu": cpu.probe, "gpu": later("kvjax.pallas_kernels.hopper", "probe")},
 )
+_attend.register(
+    "gpu", later("kvjax.pallas_kernels.paged_attention.gpu", "paged_attention"), platforms=("gpu",)
+)
+_attend.register(
+    "tpu", later("kvjax.pallas_kernels.paged_attention.tpu", "paged_attention"), platforms=("tpu",)
+)
+_attend.probes["tpu"] = later("kvjax.pallas_kernels.compat", "probe_tpu")
 
 
 def paged_attention(

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from kvjax.pallas_kernels.dispatch import Operation
+from kvjax.pallas_kernels.dispatch import Operation, later
 from kvjax.pallas_kernels.page_ops import LayerPages, Pages
 from kvjax.pallas_kernels.page_ops.arguments import check_ids, check_moves
 from kvjax.pallas_kernels.reposition import reference, xla
@@ -26,6 +26,14 @@ _move = Operation(
     {"xla": xla.reposition, "reference": reference.reposition},
     {"reference": "float64 numpy on the host, the specification: only by name, outside jit"},
 )
+_move.register(
+    "gpu", later("kvjax.pallas_kernels.reposition.gpu", "reposition"), platforms=("gpu",)
+)
+_move.probes["gpu"] = later("kvjax.pallas_kernels.hopper", "probe_copies")
+_move.register(
+    "tpu", later("kvjax.pallas_kernels.reposition.tpu", "reposition"), platforms=("tpu",)
+)
+_move.probes["tpu"] = later("kvjax.pallas_kernels.compat", "probe_tpu")
 
 
 def reposition(

@@ -1,0 +1,293 @@
+"""The Mosaic GPU kernels, compiled for an H100 (sm_90) without one: `python -m tests.aot.cuda`.
+
+Needs the CUDA plugin and PJRT of the installed jax (`jax-cuda13-plugin`, `jax-cuda13-pjrt`) and
+`nvidia-cuda-nvcc nvidia-nvvm nvidia-cuda-runtime nvidia-cuda-cupti nvidia-nvjitlink`; no driver.
+It proves that a kernel compiles to a cubin, fits shared memory, works in place and copies no pool;
+it proves neither numbers nor speed. LLVM may abort the process on what it cannot select, so the
+cases run in a child that is started again after an abort.
+"""
+
+import argparse
+import functools
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+MODELS = {  # query heads, KV heads, head_dim, sliding window
+    "SmolLM2-135M": (9, 3, 64, None),
+    "Llama-3-8B": (32, 8, 128, None),
+    "Qwen3-0.6B": (16, 8, 128, None),
+    "Gemma-3-4B": (8, 4, 256, 1024),
+}
+_H100 = """gpu_device_info {
+  cuda_compute_capability { major: 9 minor: 0 } threads_per_block_limit: 1024 threads_per_warp: 32
+  shared_memory_per_block: 49152 shared_memory_per_core: 233472 threads_per_core_limit: 2048
+  core_count: 132 fpus_per_core: 128 block_dim_limit_x: 2147483647 block_dim_limit_y: 65535
+  block_dim_limit_z: 65535 memory_bandwidth: 3352320000000 l2_cache_size: 52428800
+  clock_rate_ghz: 1.98 device_memory_size: 84942979072 shared_memory_per_block_optin: 232448
+  registers_per_core_limit: 65536 registers_per_block_limit: 65536
+}
+platform_name: "CUDA"
+dnn_version_info { major: 9 minor: 12 patch: 0 }
+device_description_str: "NVIDIA H100 80GB HBM3"
+"""
+_MAY_BE_POOL_SIZED = (  # what an instruction of the pool's size may be: it moves nothing
+    "parameter", "custom-call", "bitcast", "bitcast-convert", "tuple", "get-tuple-element",
+)  # fmt: skip
+
+
+class Target:
+    """An H100 that is not there."""
+
+    def __init__(self) -> None:
+        import jax
+        import numpy as np
+        from jax.experimental import topologies
+        from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+        topology = topologies.get_topology_desc(
+            "", platform="cuda", topology="1x1x1", target_config=_H100
+        )
+        self.mesh = Mesh(np.array(topology.devices[:1]), ("x",))
+        self._sharding = NamedSharding(self.mesh, PartitionSpec())
+        self._struct = jax.ShapeDtypeStruct
+
+    def array(self, shape: tuple[int, ...], dtype: Any) -> Any:
+        """An argument on that device."""
+        return self._struct(shape, dtype, sharding=self._sharding)
+
+    def compile(self, fn: Callable, *args: Any, **options: Any) -> Any:
+        """`jax.jit(fn, **options)` compiled for that device."""
+        import jax
+
+        from kvjax.pallas_kernels import hopper
+
+        with hopper.ahead_of_time(), jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):
+            return jax.jit(fn, **options).lower(*args).compile()
+
+
+def attention(
+    target: Target, model: str, *, seqs: int, tokens: int, max_query_len: int | None,
+    page_size: int = 64, pages_per_seq: int = 256, num_pages: int = 16384, bits: bool = True,
+    words: int = 0, sinks: bool = False, soft_cap: float | None = None, width: int | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """`paged_attention` for `tokens` query tokens of `seqs` sequences."""
+    import jax.numpy as jnp
+    import numpy as np
+
+    from kvjax.pallas_kernels import LayerPages, paged_attention
+
+    q_heads, kv_heads, head_dim, _ = MODELS[model]
+    head_dim = width or head_dim
+    dtype = np.uint16 if bits else jnp.bfloat16
+    pool = target.array((num_pages, kv_heads, page_size, head_dim), dtype)
+
+    def call(q, pages, tables, starts, kv_lens, lo, hi, tail_mask, sinks):
+        return paged_attention(
+            q, pages, tables, starts, kv_lens, lo, hi, scale=head_dim**-0.5, tail_mask=tail_mask,
+            sinks=sinks, soft_cap=soft_cap, max_query_len=max_query_len, return_lse=True,
+            backend="gpu",
+        )  # fmt: skip
+
+    ints = functools.partial(target.array, dtype=np.int32)
+    compiled = target.compile(
+        call,
+        target.array((tokens, q_heads, head_dim), jnp.bfloat16),
+        LayerPages(pool, pool),
+        ints((seqs, pages_per_seq)), ints((seqs + 1,)), ints((seqs,)), ints((tokens,)),
+        ints((tokens,)),
+        target.array((tokens, words), np.uint32) if words else None,
+        target.array((q_heads,), np.float32) if sinks else None,
+    )  # fmt: skip
+    return check(compiled, pool, pools=2, in_place=0)
+
+
+def page_copy(target: Target, model: str, *, page_size: int = 64) -> dict[str, Any]:
+    """`copy_pages` of 16 pages."""
+    import numpy as np
+
+    from kvjax.pallas_kernels import LayerPages, copy_pages
+
+    _, kv_heads, head_dim, _ = MODELS[model]
+    pool = target.array((16384, kv_heads, page_size, head_dim), np.uint16)
+    ids = target.array((16,), np.int32)
+    compiled = target.compile(
+        functools.partial(copy_pages, backend="gpu"), LayerPages(pool, pool), ids, ids,
+        donate_argnums=0,
+    )  # fmt: skip
+    return check(compiled, pool, pools=2, in_place=2)
+
+
+def rotary_shift(target: Target, model: str, *, page_size: int = 64) -> dict[str, Any]:
+    """`rotary_shift` of 4096 slots."""
+    import numpy as np
+
+    from kvjax.pallas_kernels import LayerPages
+    from kvjax.pallas_kernels.reposition import rotary_shift as shift
+
+    _, kv_heads, head_dim, _ = MODELS[model]
+    pool = target.array((16384, kv_heads, page_size, head_dim), np.uint16)
+    table = target.array((4096, head_dim // 2), np.float32)
+    compiled = target.compile(
+        functools.partial(shift, backend="gpu"), LayerPages(pool, pool),
+        target.array((4096,), np.int32), table, table, donate_argnums=0,
+    )  # fmt: skip
+    return check(compiled, pool, pools=2, in_place=2)
+
+
+def check(compiled: Any, pool: Any, *, pools: int, in_place: int) -> dict[str, Any]:
+    """What a compiled program must keep to; raises AssertionError with the numbers.
+
+    `pools` arrays like `pool` are arguments, `in_place` of them are donated.
+    """
+    one = pool.size * pool.dtype.itemsize
+    memory = compiled.memory_analysis()
+    assert b"\x7fELF" in compiled.runtime_executable().serialize(), "no cubin in the executable"
+    assert "mosaic_gpu" in compiled.as_text(), "no Mosaic GPU kernel in the program"
+    assert memory.alias_size_in_bytes == in_place * one, f"alias {memory.alias_size_in_bytes}"
+    temp = memory.temp_size_in_bytes
+    assert temp < 0.01 * pools * one, f"temporary {temp} of a pool of {pools * one}"
+    moved = pool_sized(compiled.as_text(), pool.size)
+    assert not moved, f"instructions of the pool's size: {moved}"
+    return {"pool_bytes": pools * one, "alias_bytes": in_place * one, "temp_bytes": temp}
+
+
+def pool_sized(text: str, elements: int) -> list[str]:
+    """Opcodes of the instructions in HLO `text` that make an array as large as the pool."""
+    found = []
+    for dims, op in re.findall(r" = \w+\[([\d,]+)\](?:\{[^}]*\})? ([\w-]+)\(", text):
+        size = 1
+        for dim in dims.split(","):
+            size *= int(dim)
+        if size >= elements and op not in _MAY_BE_POOL_SIZED:
+            found.append(op)
+    return found
+
+
+def cases() -> Iterator[tuple[str, Callable[[Target], dict[str, Any]]]]:
+    """Name and check of each program, in the order in which they run."""
+    for model in MODELS:
+        decode = {"seqs": 64, "tokens": 64, "max_query_len": 1}
+        if model == "Llama-3-8B":
+            yield f"decode {model}", functools.partial(attention, model=model, **decode)
+        else:
+            yield (
+                f"decode {model}",
+                functools.partial(attention, model=model, **decode | {"seqs": 16, "tokens": 16}),
+            )
+        yield (
+            f"prefill {model}",
+            functools.partial(attention, model=model, seqs=8, tokens=1024, max_query_len=None),
+        )
+        yield f"copy_pages {model}", functools.partial(page_copy, model=model)
+        yield f"rotary_shift {model}", functools.partial(rotary_shift, model=model)
+    llama = functools.partial(attention, model="Llama-3-8B", seqs=8, tokens=512)
+    yield (
+        "mask, cap, sinks",
+        functools.partial(llama, max_query_len=None, words=2, sinks=True, soft_cap=30.0),
+    )
+    yield "tree of 16", functools.partial(llama, tokens=128, max_query_len=16, words=1)
+    yield "bfloat16 pool", functools.partial(llama, max_query_len=None, bits=False)
+    for page_size in (16, 32, 128):
+        pages = 16384 * 64 // page_size
+        yield (
+            f"pages of {page_size}",
+            functools.partial(llama, max_query_len=None, page_size=page_size, num_pages=pages),
+        )
+    for width in (80, 96, 192):
+        yield f"head_dim {width}", functools.partial(llama, max_query_len=None, width=width)
+    yield "shift, pages of 16", functools.partial(rotary_shift, model="SmolLM2-135M", page_size=16)
+
+
+def missing() -> str | None:
+    """Why nothing can be compiled here, if so."""
+    import jax
+
+    if jax.__version_info__ < (0, 11):
+        return f"jax {jax.__version__} has no deviceless CUDA target (0.11.2 and 0.12 have)"
+    if importlib.util.find_spec("jax_plugins.xla_cuda13") is None:
+        return "the CUDA plugin (jax-cuda13-plugin) is not installed"
+    return None
+
+
+def _child(first: int, last: float) -> None:
+    """Runs the cases from `first` on; one JSON line each."""
+    target = None
+    for number, (name, run) in enumerate(cases()):
+        if number < first:
+            continue
+        start = time.perf_counter()
+        row: dict[str, Any] = {"case": name}
+        if time.time() > last:
+            print(json.dumps(row | {"skipped": "no time left"}), flush=True)
+            continue
+        print(json.dumps(row | {"started": True}), flush=True)
+        try:
+            target = target or Target()
+            row |= run(target)
+        except Exception as error:
+            row["error"] = f"{type(error).__name__}: {str(error)[:500]}"
+        print(json.dumps(row | {"seconds": round(time.perf_counter() - start, 2)}), flush=True)
+
+
+def run(minutes: float = 10.0) -> list[dict[str, Any]]:
+    """All cases, in a child process that is started again when a case kills it."""
+    last, rows, total = time.time() + 60 * minutes, [], len(list(cases()))
+    env = os.environ | {"JAX_PLATFORMS": "cpu"}
+    while len(rows) < total:
+        command = [sys.executable, "-m", "tests.aot.cuda", "--child", str(len(rows)), str(last)]
+        with subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env
+        ) as child:
+            out, errors = child.communicate()
+        lines = [json.loads(line) for line in out.splitlines() if line.startswith("{")]
+        done = [line for line in lines if "started" not in line]
+        rows += done
+        if len(rows) < total and (child.returncode or not done):
+            name = lines[-1]["case"] if lines else "start"
+            tail = errors.strip().splitlines()[-1:] or ["no message"]
+            rows.append({"case": name, "error": f"exit {child.returncode}: {tail[0][:300]}"})
+            if not lines:
+                return rows
+    return rows
+
+
+def line(row: dict[str, Any]) -> str:
+    """One row for people."""
+    if "error" in row:
+        return f"FAILED   {row['case']:28} {row['error']}"
+    if "skipped" in row:
+        return f"skipped  {row['case']:28} {row['skipped']}"
+    share = 100 * row["temp_bytes"] / row["pool_bytes"]
+    return (
+        f"ok       {row['case']:28} {row['seconds']:6.1f} s  pool {row['pool_bytes'] >> 20} MiB, "
+        f"in place {row['alias_bytes'] >> 20} MiB, temporary {share:.3f} %"
+    )
+
+
+def main() -> int:
+    """Prints a line per case; 1 if one failed. What cannot run is skipped with the reason."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--minutes", type=float, default=10.0)
+    parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.child:
+        _child(int(args.child[0]), float(args.child[1]))
+        return 0
+    if why := missing():
+        print(f"skipped  all CUDA cases: {why}")
+        return 0
+    rows = run(args.minutes)
+    for row in rows:
+        print(line(row))
+    return int(any("error" in row for row in rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
