@@ -20,6 +20,8 @@ from jaxtyping import Array
 from kvjax.pallas_kernels.page_ops.pages import stored_dtype
 from kvjax.pallas_kernels.page_ops.quantise import from_bits, to_bits
 
+MOST_RUNS = 32768  # three integers each, of a MiB of scalar memory
+
 
 class Runs(NamedTuple):
     """Runs of rows, int32 `[n]`; only the first `count[0]` are in use."""
@@ -175,6 +177,11 @@ def from_lane_tiles(x: Array, slots: int, tokens: int) -> Array:
     """What `as_lane_tiles` was made of."""
     x = x[:, 0, :, :slots].swapaxes(1, 2)
     return x.reshape(-1, x.shape[2])[:tokens]
+
+
+def parts(x: Array) -> list[Array]:
+    """`x` in pieces of at most `MOST_RUNS` tokens."""
+    return [x[i : i + MOST_RUNS] for i in range(0, x.shape[0], MOST_RUNS)]
 
 
 def stored_pool(pages: Any) -> None:

@@ -29,7 +29,10 @@ def reposition(
     src, cos, sin = jnp.asarray(src_slots), jnp.asarray(cos), jnp.asarray(sin)
     stays = dst_slots is None and patch_k is None and patch_v is None
     if stays and packed.scale is None:
-        return PackedPages(_shift(packed.kv, src, cos, sin, rotary_offset, interpret))
+        pool = packed.kv
+        for part in zip(*map(tpu_rows.parts, (src, cos, sin)), strict=True):
+            pool = _shift(pool, *part, rotary_offset, interpret)
+        return PackedPages(pool)
     dst = src if dst_slots is None else jnp.asarray(dst_slots)
     rows = page_ops.load_rows(packed, jnp.where(dst < 0, -1, src), interpret=interpret)
     rows = _moved(rows, packed, cos, sin, patch_k, patch_v, frame, rotary_offset)

@@ -12,7 +12,14 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from kvjax.pallas_kernels import OPERATIONS, compat, pack_pages, paged_attention, tuning
+from kvjax.pallas_kernels import (
+    OPERATIONS,
+    attention_mass,
+    compat,
+    pack_pages,
+    paged_attention,
+    tuning,
+)
 from kvjax.pallas_kernels.paged_attention import tpu, tpu_stream
 from tests.pallas_kernels.attention_cases import Heads, Problem, attend, causal, problem
 
@@ -157,6 +164,25 @@ def test_only_visible_pages_are_read():
     got = run(dataclasses.replace(p, block_tables=tables), 1, compat.tpu_interpreter())
     assert not compat.tpu_races()
     assert_matches(p, got)
+
+
+@pytest.mark.parametrize("name", ["bfloat16, lanes apart", "latent"])
+def test_xla_takes_packed_pages_too_where_values_have_no_scales(name):
+    p, _ = CASES[name]
+    assert_matches(p, attend(packed(p), backend="xla"))
+
+
+def test_attention_mass_of_packed_pages_is_that_of_split_ones():
+    p, _ = CASES["int8"]
+    _, lse = attend(p, backend="reference")
+
+    def mass(p):
+        return attention_mass(
+            p.q, lse.astype(np.float32), p.pages, p.block_tables, p.query_starts, p.kv_lens, p.lo,
+            p.hi, scale=0.125, backend="xla",
+        )  # fmt: skip
+
+    np.testing.assert_allclose(mass(packed(p)).columns, mass(p).columns, rtol=1e-5, atol=1e-6)
 
 
 def test_refusals_say_why():

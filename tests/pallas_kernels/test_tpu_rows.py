@@ -119,6 +119,18 @@ def test_runs_bring_every_row_to_its_place_and_never_leave_a_tile(slots, wanted)
     assert (np.diff(to[: int(runs.count[0])]) > 0).all()  # a tile is open once
 
 
+def test_more_rows_than_scalar_memory_holds_are_moved_in_parts(monkeypatch):
+    monkeypatch.setattr(tpu_rows, "MOST_RUNS", 16)
+    pages = filled(np.float32)
+    cos, sin = rotary_tables(3 * np.arange(TOKENS), 10000.0 ** -np.linspace(0, 1, WIDTH // 2))
+    options = {"patch_k": None, "patch_v": None, "frame": "source", "rotary_offset": 0}
+    for dst in (None, np.roll(SLOTS, 3)):
+        got = split(jit(reposition_tpu.reposition, **options)(packed(pages), SLOTS, dst, cos, sin))
+        want = reposition_reference.reposition(pages, SLOTS, dst, cos, sin, **options)
+        np.testing.assert_allclose(got.k, want.k, rtol=1e-6, atol=1e-6)
+        np.testing.assert_array_equal(got.v, want.v)
+
+
 @pytest.mark.parametrize("mode", ["eager", "on_wait"])
 def test_copies_and_writes_do_not_race(mode):
     pages = filled(np.float32)
