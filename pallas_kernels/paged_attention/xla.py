@@ -33,11 +33,11 @@ def paged_attention(
             if pages.quantised:
                 raise NotImplementedError("xla: packed pages whose values have scales of their own")
             width, half = q.shape[2], pages.kv.shape[3] // 2
-        wide_q, rows = as_latent(q, pages)
+        q, pages = as_latent(q, pages)
         out, lse = paged_attention(
-            wide_q, rows, block_tables, query_starts, kv_lens, visible_lo, visible_hi,
+            q, pages, block_tables, query_starts, kv_lens, visible_lo, visible_hi,
             scale=scale, tail_mask=tail_mask, soft_cap=soft_cap, sinks=sinks,
-            value_width=value_width or rows.k.shape[3], max_query_len=max_query_len,
+            value_width=value_width or pages.k.shape[3], max_query_len=max_query_len,
             return_lse=True,
         )  # fmt: skip
         out = out[..., half : half + width]
@@ -52,7 +52,7 @@ def paged_attention(
     return (out, lse) if return_lse else out
 
 
-def as_latent(q: Array, pages: Pages) -> tuple[Array, Pages]:
+def as_latent(q: Array, pages: Pages) -> tuple[Array, LayerPages]:
     """Packed pages as latent ones: a row is one wide key whose other lanes meet zeros in `q`."""
     if not isinstance(pages, PackedPages):
         return q, pages

@@ -8,6 +8,7 @@ import dataclasses
 import functools
 
 import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
@@ -178,7 +179,7 @@ def test_attention_mass_of_packed_pages_is_that_of_split_ones():
 
     def mass(p):
         return attention_mass(
-            p.q, lse.astype(np.float32), p.pages, p.block_tables, p.query_starts, p.kv_lens, p.lo,
+            p.q, jnp.asarray(lse), p.pages, p.block_tables, p.query_starts, p.kv_lens, p.lo,
             p.hi, scale=0.125, backend="xla",
         )  # fmt: skip
 
