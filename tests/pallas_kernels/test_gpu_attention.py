@@ -115,7 +115,7 @@ def test_interpreted_trees_caps_and_sinks_match_the_oracle(options):
 def test_interpreted_splits_and_whole_walks_give_the_same(monkeypatch):
     """Few tiles are split over their keys, many are not."""
     p = problem(4, SMALL, [(150, causal(150, 70))], pages_per_seq=12, bfloat16=True)
-    monkeypatch.setattr(gpu, "_FEW", 0)
+    monkeypatch.setattr(gpu, "_FILL", 0)
     assert_matches(p, interpreted(p))
 
 
