@@ -84,6 +84,7 @@ def interpreted(p: Problem, **options):
 
 
 @INTERPRETED
+@pytest.mark.slow
 def test_interpreted_decode_matches_the_oracle():
     seqs = [(70, causal(70, 1, window=60)), (0, []), (16, causal(16, 1))]
     p = problem(1, SMALL, seqs, pages_per_seq=5, num_tokens=3, bfloat16=True)
