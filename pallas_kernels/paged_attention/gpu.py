@@ -26,7 +26,7 @@ from kvjax.pallas_kernels.paged_attention.gpu_decode import attend_splits
 from kvjax.pallas_kernels.paged_attention.gpu_prefill import attend_tiles
 from kvjax.pallas_kernels.tuning import block_sizes
 
-_FEW = 264  # thread blocks: two for each processor of an H100
+_FILL = 264  # thread blocks that fill a GPU: two for each processor of an H100
 _WORDS = 8  # of a tail mask: it is walked word by word in registers
 
 
@@ -134,8 +134,11 @@ class _Call:
         tiles, first = gpu_rows.cut(self.tokens, wanted, size)
         rows = gpu_rows.rows(self.tokens, tiles, walk.consumers, per_group)
         arrays: Any = (*rows, self.tables, self.k, self.v)
-        if tiles.seq.shape[0] * self.k.shape[1] <= _FEW:
-            o, lse = attend_splits(walk, *arrays, split=sizes["split"], num_rows=hopper.ROWS)
+        splits = _FILL // (tiles.seq.shape[0] * self.k.shape[1])  # partial results cost memory
+        if splits > 1:
+            even = -(-self.tables.shape[1] * self.page_size // splits)
+            split = max(sizes["split"], -(-even // walk.block) * walk.block)
+            o, lse = attend_splits(walk, *arrays, split=split, num_rows=hopper.ROWS)
             o, lse = _merge(o, lse)
         else:
             o, lse = attend_tiles(walk, *arrays)

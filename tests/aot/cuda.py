@@ -15,6 +15,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -183,7 +184,14 @@ def cases() -> Iterator[tuple[str, Callable[[Target], dict[str, Any]]]]:
             )
         yield (
             f"prefill {model}",
-            functools.partial(attention, model=model, seqs=8, tokens=1024, max_query_len=None),
+            functools.partial(
+                attention,
+                model=model,
+                seqs=8,
+                tokens=1024,
+                max_query_len=None,
+                num_pages=32768 if model == "SmolLM2-135M" else 16384,
+            ),
         )
         yield f"copy_pages {model}", functools.partial(page_copy, model=model)
         yield f"rotary_shift {model}", functools.partial(rotary_shift, model=model)
@@ -237,25 +245,37 @@ def _child(first: int, last: float) -> None:
 
 
 def run(minutes: float = 10.0) -> list[dict[str, Any]]:
-    """All cases, in a child process that is started again when a case kills it."""
+    """Prints and returns all cases; their process is started again when a case kills it."""
     last, rows, total = time.time() + 60 * minutes, [], len(list(cases()))
     env = os.environ | {"JAX_PLATFORMS": "cpu"}
     while len(rows) < total:
         command = [sys.executable, "-m", "tests.aot.cuda", "--child", str(len(rows)), str(last)]
-        with subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env
-        ) as child:
-            out, errors = child.communicate()
-        lines = [json.loads(line) for line in out.splitlines() if line.startswith("{")]
-        done = [line for line in lines if "started" not in line]
+        with tempfile.TemporaryFile("w+") as errors:
+            child = subprocess.Popen(
+                command, stdout=subprocess.PIPE, stderr=errors, text=True, env=env
+            )
+            assert child.stdout is not None
+            lines = [json.loads(text) for text in _told(child.stdout) if text.startswith("{")]
+            child.wait()
+            errors.seek(0)
+            tail = errors.read().strip().splitlines()[-1:] or ["no message"]
+        done = [row for row in lines if "started" not in row]
         rows += done
         if len(rows) < total and (child.returncode or not done):
             name = lines[-1]["case"] if lines else "start"
-            tail = errors.strip().splitlines()[-1:] or ["no message"]
             rows.append({"case": name, "error": f"exit {child.returncode}: {tail[0][:300]}"})
+            print(line(rows[-1]), flush=True)
             if not lines:
                 return rows
     return rows
+
+
+def _told(child: Any) -> Iterator[str]:
+    """The child's lines, its results printed as they come."""
+    for text in child:
+        if text.startswith("{") and "started" not in (row := json.loads(text)):
+            print(line(row), flush=True)
+        yield text
 
 
 def line(row: dict[str, Any]) -> str:
@@ -283,10 +303,7 @@ def main() -> int:
     if why := missing():
         print(f"skipped  all CUDA cases: {why}")
         return 0
-    rows = run(args.minutes)
-    for row in rows:
-        print(line(row))
-    return int(any("error" in row for row in rows))
+    return int(any("error" in row for row in run(args.minutes)))
 
 
 if __name__ == "__main__":

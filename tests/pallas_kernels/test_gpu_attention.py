@@ -84,6 +84,7 @@ def interpreted(p: Problem, **options):
 
 
 @INTERPRETED
+@pytest.mark.slow
 def test_interpreted_decode_matches_the_oracle():
     seqs = [(70, causal(70, 1, window=60)), (0, []), (16, causal(16, 1))]
     p = problem(1, SMALL, seqs, pages_per_seq=5, num_tokens=3, bfloat16=True)
@@ -115,7 +116,7 @@ def test_interpreted_trees_caps_and_sinks_match_the_oracle(options):
 def test_interpreted_splits_and_whole_walks_give_the_same(monkeypatch):
     """Few tiles are split over their keys, many are not."""
     p = problem(4, SMALL, [(150, causal(150, 70))], pages_per_seq=12, bfloat16=True)
-    monkeypatch.setattr(gpu, "_FEW", 0)
+    monkeypatch.setattr(gpu, "_FILL", 0)
     assert_matches(p, interpreted(p))
 
 
