@@ -11,6 +11,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PARITY := .venv-parity
 AOT ?= .venv-aot
+AOT_MINUTES ?= 20
 CONSTRAINTS := $(wildcard constraints-py$(VERSION).txt)
 PIP_FLAGS := --quiet --quiet --disable-pip-version-check $(addprefix -c ,$(CONSTRAINTS))
 WORKERS ?= 2
@@ -78,7 +79,7 @@ parity: $(PARITY_STAMP)
 # skipped, and said: CUDA wants Python 3.12. AOT_TARGETS=tests.aot.cuda compiles for that alone.
 aot:
 	@$(MAKE) --no-print-directory VENV=$(AOT) $(AOT)/stamp-$(VERSION)-aot
-	$(AOT)/bin/python -m tests.aot $(AOT_TARGETS)
+	$(AOT)/bin/python -m tests.aot --minutes $(AOT_MINUTES) $(AOT_TARGETS)
 
 bench: $(STAMP)
 	$(BIN)/kvjax bench engine
