@@ -10,6 +10,7 @@ from kvjax.pallas_kernels.paged_attention.softmax import visible
 from kvjax.pallas_kernels.paged_attention.xla import (
     BLOCK,
     TILE,
+    as_latent,
     load_block,
     scores,
     supported,
@@ -23,6 +24,7 @@ def attention_mass(
 ) -> AttentionMass:  # fmt: skip
     """See `kvjax.pallas_kernels.attention_mass`."""
     del value_width  # values are not read
+    q, pages = as_latent(q, pages)
     q, lse, block_tables, starts, kv_lens, lo, hi = map(
         jnp.asarray, (q, lse, block_tables, query_starts, kv_lens, visible_lo, visible_hi)
     )

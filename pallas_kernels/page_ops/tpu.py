@@ -62,6 +62,9 @@ def import_span(pages: Pages, span: KVSpan, slots: Array, *, interpret=False) ->
 def load_rows(pages: PackedPages, slots: Array, *, interpret: Any = False) -> PackedPages:
     """Rows of the pages at `slots`, `[tokens, kv_heads, lanes]`; zeros for a slot of -1."""
     slots = jnp.asarray(slots)
+    if slots.shape[0] > tpu_rows.MOST_RUNS:
+        parts = [load_rows(pages, part, interpret=interpret) for part in tpu_rows.parts(slots)]
+        return jax.tree.map(lambda *x: jnp.concatenate(x), *parts)
     tokens, rows = slots.shape[0], tpu_rows.tile_rows(pages.kv.dtype)
     token = jnp.arange(tokens, dtype=jnp.int32)
     todo = tpu_rows.runs(slots, jnp.where(slots < 0, -1, token), rows)
@@ -85,6 +88,10 @@ def store_rows(
 ) -> PackedPages:
     """Pages with `rows` at `slots`; a slot of -1 is dropped."""
     slots = jnp.asarray(slots)
+    if slots.shape[0] > tpu_rows.MOST_RUNS:
+        for part, now in zip(tpu_rows.parts(slots), _row_parts(rows), strict=True):
+            pages = store_rows(pages, now, part, interpret=interpret)
+        return pages
     token = jnp.arange(slots.shape[0], dtype=jnp.int32)
     todo = tpu_rows.runs(token, slots, tpu_rows.tile_rows(pages.kv.dtype))
     source = tpu_rows.as_tiles(rows.kv, pages.kv.dtype)
@@ -97,6 +104,13 @@ def store_rows(
         tpu_rows.runs(token, slots, size), per_lane=size, interpret=interpret, name="store_scales",
     )  # fmt: skip
     return PackedPages(kv, scale[:, 0])
+
+
+def _row_parts(rows: PackedPages) -> list[PackedPages]:
+    scales = [None] * len(tpu_rows.parts(rows.kv))
+    if rows.scale is not None:
+        scales = tpu_rows.parts(rows.scale)
+    return list(map(PackedPages, tpu_rows.parts(rows.kv), scales))
 
 
 def copy_pages(pages: Pages, src: Array, dst: Array, *, interpret: Any = False) -> Pages:

@@ -20,14 +20,16 @@ from jaxtyping import Array
 from kvjax.pallas_kernels.page_ops.pages import stored_dtype
 from kvjax.pallas_kernels.page_ops.quantise import from_bits, to_bits
 
+MOST_RUNS = 32768  # three integers each, of a MiB of scalar memory
+
 
 class Runs(NamedTuple):
-    """Runs of rows, int32 `[n]`; only the first `count[0]` are in use."""
+    """Runs of rows, int32 `[n]`; only the first `used[0]` are in use."""
 
     src: Array  # first row, counted over all tiles of the source
     dst: Array
     length: Array
-    count: Array  # [1]
+    used: Array  # [1]
 
 
 def tile_rows(dtype: Any) -> int:
@@ -48,12 +50,12 @@ def runs(src: Array, dst: Array, rows: int) -> Runs:
         (jnp.where(begins, jnp.arange(n, dtype=jnp.int32), n), src, dst), num_keys=1
     )
     end = jnp.minimum(jnp.append(start[1:], n), wanted)
-    used = start < n
+    real = start < n
     return Runs(
-        src=jnp.where(used, src, 0),
-        dst=jnp.where(used, dst, 0),
-        length=jnp.where(used, end - start, 0).astype(jnp.int32),
-        count=jnp.maximum(jnp.sum(begins, dtype=jnp.int32), 1)[None],  # length 0 changes nothing
+        src=jnp.where(real, src, 0),
+        dst=jnp.where(real, dst, 0),
+        length=jnp.where(real, end - start, 0).astype(jnp.int32),
+        used=jnp.maximum(jnp.sum(begins, dtype=jnp.int32), 1)[None],  # length 0 changes nothing
     )
 
 
@@ -135,7 +137,7 @@ def merge_rows(
         functools.partial(_body, rows=rows, axis=2 if per_lane else 1, combine=combine),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(todo),
-            grid=(todo.count[0],),
+            grid=(todo.used[0],),
             in_specs=in_specs,
             out_specs=tile_of(shape, "dst"),
         ),
@@ -175,6 +177,11 @@ def from_lane_tiles(x: Array, slots: int, tokens: int) -> Array:
     """What `as_lane_tiles` was made of."""
     x = x[:, 0, :, :slots].swapaxes(1, 2)
     return x.reshape(-1, x.shape[2])[:tokens]
+
+
+def parts(x: Array) -> list[Array]:
+    """`x` in pieces of at most `MOST_RUNS` tokens."""
+    return [x[i : i + MOST_RUNS] for i in range(0, x.shape[0], MOST_RUNS)]
 
 
 def stored_pool(pages: Any) -> None:

@@ -28,12 +28,7 @@ class Items(NamedTuple):
     tile: Array  # tile of the flat token array
     following: Array  # next item that sees something, or the number of items
     parity: Array  # buffer of the item's first block
-    count: Array  # [1]: items in use
-
-    @property
-    def num_scalars(self) -> int:
-        """Arrays that a kernel prefetches for its items."""
-        return len(self)
+    used: Array  # [1]: items in use
 
 
 def _links(lo: Array, hi: Array, block: int) -> tuple[Array, Array]:
@@ -60,7 +55,7 @@ def decode_items(starts, kv_lens, lo, hi, tail_words: int, block: int) -> Items:
         seq=order, lo=lo, hi=hi,
         whole_lo=lo, whole_hi=jnp.minimum(hi, tail) if tail_words else hi,
         tail=tail, begin=at, end=at + 1, tile=order, following=following, parity=parity,
-        count=jnp.full((1,), seqs, jnp.int32),
+        used=jnp.full((1,), seqs, jnp.int32),
     )  # fmt: skip
 
 
@@ -78,11 +73,11 @@ def prefill_items(starts, kv_lens, lo, hi, tail_words: int, block: int, tile: in
     limit = tokens // tile + min(starts.shape[0] - 1, tokens // 2)
     i = jnp.arange(limit, dtype=jnp.int32)
     seq = jnp.searchsorted(bounds, i, side="right").astype(jnp.int32)
-    used = i < bounds[-1]
+    real = i < bounds[-1]
     seq = jnp.minimum(seq, starts.shape[0] - 2)
-    number = jnp.where(used, first[seq] // tile + i - (bounds[seq] - tiles[seq]), 0)
-    begin = jnp.where(used, jnp.maximum(first[seq], number * tile), 0)
-    end = jnp.where(used, jnp.minimum(last[seq] + 1, (number + 1) * tile), 0)
+    number = jnp.where(real, first[seq] // tile + i - (bounds[seq] - tiles[seq]), 0)
+    begin = jnp.where(real, jnp.maximum(first[seq], number * tile), 0)
+    end = jnp.where(real, jnp.minimum(last[seq] + 1, (number + 1) * tile), 0)
 
     token = number[:, None] * tile + jnp.arange(tile, dtype=jnp.int32)
     ours = (token >= begin[:, None]) & (token < end[:, None])
@@ -101,5 +96,5 @@ def prefill_items(starts, kv_lens, lo, hi, tail_words: int, block: int, tile: in
         seq=seq, lo=lowest, hi=highest,
         whole_lo=whole_lo, whole_hi=jnp.minimum(whole_hi, tail) if tail_words else whole_hi,
         tail=tail, begin=begin, end=end, tile=number, following=following, parity=parity,
-        count=jnp.maximum(bounds[-1:], 1).astype(jnp.int32),
+        used=jnp.maximum(bounds[-1:], 1).astype(jnp.int32),
     )  # fmt: skip

@@ -53,7 +53,7 @@ class _Tile:
     def run(self) -> None:
         """One item; the tile's first clears its softmax, the last writes the results."""
         i, items = self.i, self.items
-        before, after = jnp.maximum(i - 1, 0), jnp.minimum(i + 1, items.count[0] - 1)
+        before, after = jnp.maximum(i - 1, 0), jnp.minimum(i + 1, items.used[0] - 1)
 
         @pl.when(i == 0)
         def _():
@@ -177,7 +177,7 @@ def prefill(
         functools.partial(_body, geometry=g, chunk=chunk),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(items) + 3,
-            grid=(items.count[0],),
+            grid=(items.used[0],),
             in_specs=[
                 of_tile(*block, g.q_lanes),
                 of_tile(tile, rows.shape[1]),

@@ -154,11 +154,11 @@ class PageStream:
             rows = from_bits(self.kv[slot, h, :, lanes]).astype(jnp.float32)
             self.kv[slot, h, :, lanes] = to_bits(jnp.where(column, rows, 0.0), self.kv.dtype)
 
-    def keys(self, slot, head=slice(None)) -> jax.Array:
+    def keys(self, slot, head: Any = slice(None)) -> jax.Array:
         """Keys of a block, `[(kv_heads,) block, q_lanes]`, in the dtype of the queries."""
         return _numbers(self.kv[slot, head, :, pl.ds(0, self.geometry.q_lanes)])
 
-    def values(self, slot, head=slice(None)) -> jax.Array:
+    def values(self, slot, head: Any = slice(None)) -> jax.Array:
         """Values of a block, `[(kv_heads,) block, v_lanes]`, free of NaN where nothing is seen."""
         g = self.geometry
         values = self.kv[slot, head, :, pl.ds(g.v_first, g.v_lanes)]

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from kvjax.pallas_kernels.page_ops.pages import LayerPages, Pages, decode_dtype
+from kvjax.pallas_kernels.page_ops.pages import LayerPages, PackedPages, Pages, decode_dtype
 from kvjax.pallas_kernels.page_ops.quantise import decode
 from kvjax.pallas_kernels.paged_attention.softmax import absorb, capped, finish, start, visible
 
@@ -27,6 +27,21 @@ def paged_attention(
     return_lse=False,
 ):  # fmt: skip
     """See `kvjax.pallas_kernels.paged_attention`."""
+    if isinstance(pages, PackedPages):
+        width, half = value_width, 0
+        if value_width is None:
+            if pages.quantised:
+                raise NotImplementedError("xla: packed pages whose values have scales of their own")
+            width, half = q.shape[2], pages.kv.shape[3] // 2
+        q, pages = as_latent(q, pages)
+        out, lse = paged_attention(
+            q, pages, block_tables, query_starts, kv_lens, visible_lo, visible_hi,
+            scale=scale, tail_mask=tail_mask, soft_cap=soft_cap, sinks=sinks,
+            value_width=value_width or pages.k.shape[3], max_query_len=max_query_len,
+            return_lse=True,
+        )  # fmt: skip
+        out = out[..., half : half + width]
+        return (out, lse) if return_lse else out
     block_tables = whole_blocks(supported(pages), block_tables)
     attend = _Attend(q, pages, block_tables, query_starts, kv_lens, visible_lo, visible_hi,
                      scale, tail_mask, soft_cap, sinks, value_width)  # fmt: skip
@@ -35,6 +50,17 @@ def paged_attention(
     else:
         out, lse = attend.prefill()
     return (out, lse) if return_lse else out
+
+
+def as_latent(q: Array, pages: Pages) -> tuple[Array, LayerPages]:
+    """Packed pages as latent ones: a row is one wide key whose other lanes meet zeros in `q`."""
+    if not isinstance(pages, PackedPages):
+        return q, pages
+    q = jnp.pad(jnp.asarray(q), ((0, 0), (0, 0), (0, pages.kv.shape[3] - q.shape[2])))
+    scale = None
+    if pages.scale is not None:
+        scale = jnp.asarray(pages.scale)[:, : pages.kv_heads, : pages.page_size]
+    return q, LayerPages(pages.kv, None, scale)
 
 
 def supported(pages: Pages) -> LayerPages:

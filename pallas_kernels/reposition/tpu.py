@@ -29,7 +29,10 @@ def reposition(
     src, cos, sin = jnp.asarray(src_slots), jnp.asarray(cos), jnp.asarray(sin)
     stays = dst_slots is None and patch_k is None and patch_v is None
     if stays and packed.scale is None:
-        return PackedPages(_shift(packed.kv, src, cos, sin, rotary_offset, interpret))
+        pool = packed.kv
+        for slots, c, s in zip(*map(tpu_rows.parts, (src, cos, sin)), strict=True):
+            pool = _shift(pool, slots, c, s, rotary_offset, interpret)
+        return PackedPages(pool)
     dst = src if dst_slots is None else jnp.asarray(dst_slots)
     rows = page_ops.load_rows(packed, jnp.where(dst < 0, -1, src), interpret=interpret)
     rows = _moved(rows, packed, cos, sin, patch_k, patch_v, frame, rotary_offset)
@@ -49,8 +52,8 @@ def _moved(
         k = moved_keys(decode(span.k, span.k_scale), cos, sin, _padded(patch, half), frame, offset)
         k, k_scale = encode(k, pages.kv.dtype)
         v, v_scale = span.v, span.v_scale
-        if patch_v is not None:
-            v = decode(v, v_scale) + _padded(dense(patch_v), half)
+        if v is not None and patch_v is not None:
+            v = decode(v, v_scale) + _wide(dense(patch_v), half)
             v, v_scale = encode(v, pages.kv.dtype)
         return xla.pack_span(KVSpan(k, v, k_scale, v_scale), pages)
     k = moved_keys(decode(rows.kv[..., :width]), cos, sin, _padded(patch, width), frame, offset)
@@ -80,8 +83,10 @@ def _half_of_scaled(pages: PackedPages, width: int, may_be_latent: bool) -> int:
 
 
 def _padded(patch: Array | None, width: int) -> Array | None:
-    if patch is None:
-        return None
+    return None if patch is None else _wide(patch, width)
+
+
+def _wide(patch: Array, width: int) -> Array:
     return jnp.pad(patch, ((0, 0), (0, 0), (0, width - patch.shape[2])))
 
 

@@ -105,7 +105,8 @@ def pool_of(chip: Chip, model: Model, dtype: Any) -> tuple[PackedPages, int]:
         shape = packed_scale_shape(model.kv_heads, _PAGE, latent=model.latent is not None)
         scale = chip.array((num_pages, *shape), jnp.float32)
         slot += 4 * shape[0] * shape[1] // _PAGE
-    return PackedPages(chip.array((num_pages, model.kv_heads, _PAGE, width), dtype), scale), slot
+    pages: Any = (chip.array((num_pages, model.kv_heads, _PAGE, width), dtype), scale)
+    return PackedPages(*pages), slot
 
 
 def attention(
@@ -243,7 +244,8 @@ def check(compiled: Any, program: Program) -> str:
 
 def missing() -> str | None:
     """Why nothing can be compiled here, if so."""
-    wanted = LIBTPU.get(jax.__version_info__[:2])
+    major, minor, *_ = jax.__version_info__
+    wanted = LIBTPU.get((major, minor))
     if wanted is None:
         return f"no libtpu is known for jax {jax.__version__}"
     try:

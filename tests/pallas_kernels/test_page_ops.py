@@ -163,7 +163,7 @@ def test_packed_pages_hold_what_split_pages_hold(kind, latent):
     pages, (k, v) = random_pages(1, KINDS[kind], latent), random_tokens(2, latent)
     widths, slots = (8, None if latent else 6), jnp.array([3, 7, -1, 0, 23, 9, -1, 8], jnp.int32)
     packed = jit_write(pack_pages(pages), k, v, slots)
-    assert packed.kv.shape[3] == packed_width(*widths) == (128 if latent else 256)
+    assert packed.kv.shape[3] == packed_width(*widths) == 128
     want: Any = write_slots(pages, k, v, slots, backend="reference")
     assert_same_pages(split_pages(packed, *widths), want)
     for x, y in zip(
