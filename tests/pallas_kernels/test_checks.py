@@ -119,14 +119,21 @@ def test_a_bad_value_under_jit_is_refused_by_the_debug_mode(name):
         kernels.checked(jax.jit(functools.partial(call, checks=True)))(**arguments)
 
 
-GOOD_CALLS = [attention(op) for op in (paged, cascade, mass)] + [
-    moves(op)
-    for op in (kernels.write_slots, kernels.gather_slots, kernels.export_span,
-               kernels.import_span, kernels.copy_pages, kernels.reposition, kernels.rotary_shift)
-]  # fmt: skip
+GOOD_CALLS = {
+    "paged_attention": attention(paged),
+    "cascade_attention": attention(cascade),
+    "attention_mass": attention(mass),
+    "write_slots": moves(kernels.write_slots),
+    "gather_slots": moves(kernels.gather_slots),
+    "export_span": moves(kernels.export_span),
+    "import_span": moves(kernels.import_span),
+    "copy_pages": moves(kernels.copy_pages),
+    "reposition": moves(kernels.reposition),
+    "rotary_shift": moves(kernels.rotary_shift),
+}
 
 
-@pytest.mark.parametrize("call", GOOD_CALLS, ids=lambda c: str(getattr(c[0], "func", c[0]))[10:30])
+@pytest.mark.parametrize("call", GOOD_CALLS.values(), ids=GOOD_CALLS)
 def test_good_values_pass_and_the_debug_mode_changes_nothing_but_rounding(call):
     """Padding, with intervals and slots that would be bad in a real row, is not looked at."""
     fn, arguments = call
