@@ -119,12 +119,13 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
     return logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
 
 
-# Measured on this model, float32 weights, 1280 tokens: share of greedy tokens that agree with
-# transformers, and mean KL of the next-token distribution from float32 KV, in nats.
+# With float32 weights, over 1280 tokens: share of greedy tokens that agree with transformers, and
+# mean KL of the next-token distribution from that with float32 KV, in nats. Measured: bfloat16
+# 0.998 and 2.7e-5, int8 0.991 and 7.7e-4, float8 0.968 and 4.3e-3.
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("kv_dtype", "agreement", "divergence"),
-    [("bfloat16", 0.98, 1e-3), ("int8", 0.98, 1e-3), ("float8_e4m3fn", 0.9, 1e-2)],
+    [("bfloat16", 0.99, 6e-5), ("int8", 0.98, 1.5e-3), ("float8_e4m3fn", 0.95, 8e-3)],
 )
 def test_what_narrow_kv_costs(
     checkpoint: Checkpoint,
@@ -144,7 +145,6 @@ def test_what_narrow_kv_costs(
     measured = f"{share:.4f} of the greedy tokens agree, mean KL {np.mean(kl):.2e} nats"
     assert share > agreement, measured
     assert np.mean(kl) < divergence, measured
-    print(measured)
 
 
 @pytest.mark.slow
