@@ -40,7 +40,7 @@ def main() -> int:
     seconds = time.monotonic() - started
     print(f"compiled {llm.engine.runner.compiles} programs in {seconds:.1f} s\n", flush=True)
 
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1))
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))  # 80 columns
     table.add_column("examples/", no_wrap=True)
     for name in _COLUMNS:
         table.add_column(name.replace(" ", "\n"), no_wrap=True, justify="right")
