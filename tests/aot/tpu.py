@@ -136,7 +136,7 @@ def attention(
     return Program(run, args, walks * context * slot + tokens * row, donate=False)
 
 
-def write(chip: Chip, model: Model, dtype: Any, *, tokens: int = 2048) -> Program:
+def write(chip: Chip, model: Model, dtype: Any, *, tokens: int = 1024) -> Program:
     """Rows are read, merged with the tiles of the pool that are read, and written."""
     pages, slot = pool_of(chip, model, dtype)
     new = chip.array((tokens, model.kv_heads, model.width), jnp.bfloat16)
@@ -146,7 +146,7 @@ def write(chip: Chip, model: Model, dtype: Any, *, tokens: int = 2048) -> Progra
     return Program(run, (pages, new, v, slots), tokens * 3 * slot, bounded=False)
 
 
-def gather(chip: Chip, model: Model, dtype: Any, *, tokens: int = 2048) -> Program:
+def gather(chip: Chip, model: Model, dtype: Any, *, tokens: int = 1024) -> Program:
     """Rows are read from the pool and written."""
     pages, slot = pool_of(chip, model, dtype)
     widths = (model.width, None if model.latent else model.width)
@@ -163,7 +163,7 @@ def copy(chip: Chip, model: Model, dtype: Any, *, pages_copied: int = 16) -> Pro
     return Program(run, (pages, ids, ids), 2 * pages_copied * _PAGE * slot)
 
 
-def shift(chip: Chip, model: Model, dtype: Any, *, tokens: int = 2048) -> Program:
+def shift(chip: Chip, model: Model, dtype: Any, *, tokens: int = 1024) -> Program:
     """Rows are read and written, beside float32 tables of twice their lanes."""
     pages, slot = pool_of(chip, model, dtype)
     offset = model.latent or 0
@@ -175,7 +175,7 @@ def shift(chip: Chip, model: Model, dtype: Any, *, tokens: int = 2048) -> Progra
     return Program(run, args, tokens * 2 * slot + tables_read, bounded=False)
 
 
-def move(chip: Chip, model: Model, dtype: Any, *, tokens: int = 2048) -> Program:
+def move(chip: Chip, model: Model, dtype: Any, *, tokens: int = 1024) -> Program:
     """A gather and a write."""
     pages, slot = pool_of(chip, model, dtype)
     offset = model.latent or 0
@@ -187,7 +187,7 @@ def move(chip: Chip, model: Model, dtype: Any, *, tokens: int = 2048) -> Program
 
 def cases() -> Iterator[tuple[str, str, Callable[[Chip], Program]]]:
     """Chip, name and program, the most telling first."""
-    decode = functools.partial(attention, seqs=32, tokens=32, context=16384)
+    decode = functools.partial(attention, seqs=32, tokens=32, context=32768)
     prefill = functools.partial(attention, seqs=2, tokens=1024, context=131072)
     rest = {"write": write, "gather": gather, "copy": copy, "shift": shift, "move": move}
     first = {"decode": decode, "prefill": prefill} | rest
@@ -211,12 +211,15 @@ def cases() -> Iterator[tuple[str, str, Callable[[Chip], Program]]]:
                         yield chip, f"{what}, {name}, {kind}", run
 
 
-def pool_sized(text: str, shape: tuple[int, ...]) -> list[str]:
-    """Instructions of HLO `text` that make an array of the pool's size by copying."""
-    found, size = [], int(np.prod(shape))
+def pool_sized(text: str, pages: PackedPages) -> list[str]:
+    """Instructions of HLO `text` that copy an array as large as the pool, or the one of scales."""
+    found, scales = [], 0 if pages.scale is None else pages.scale.size
     for dims, op in re.findall(r" = \(?\w+\[([\d,]+)\](?:\{[^}]*\})?.*? ([\w-]+)\(", text):
-        if int(np.prod([int(n) for n in dims.split(",")])) >= size and op not in _MOVES_NOTHING:
-            found.append(op)
+        shape = [int(n) for n in dims.split(",")]
+        size = int(np.prod(shape))
+        large = size >= pages.kv.size or (size == scales and shape[0] == pages.num_pages)
+        if large and op not in _MOVES_NOTHING:
+            found.append(f"{op} [{dims}]")
     return found
 
 
@@ -232,7 +235,7 @@ def check(compiled: Any, program: Program) -> str:
     rows = sum(x.size * x.dtype.itemsize for x in program.args[1:] if x is not None)
     rows += 2 * (memory.output_size_in_bytes - alias)
     assert temp < 0.01 * pool or temp < 2 * rows, f"temporary {temp} of a pool of {pool}"
-    sized = pool_sized(compiled.as_text(), pages.kv.shape)
+    sized = pool_sized(compiled.as_text(), pages)
     assert not sized, f"instructions of the pool's size: {sized}"
     if program.bounded:
         assert moved <= 1.2 * program.formula, f"bytes {moved}, formula {program.formula}"
