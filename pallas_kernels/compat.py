@@ -25,6 +25,11 @@ def probe_tpu() -> None:
         raise NotImplementedError(f"tpu: the platform is {jax.default_backend()}")
 
 
+def in_hbm(x: jax.Array, interpret: Any) -> jax.Array:
+    """`x` as a kernel's argument that XLA leaves where it is, instead of copying it into VMEM."""
+    return x if interpret else pltpu.with_memory_space_constraint(x, pltpu.HBM)
+
+
 def tpu_interpreter(*, dma_execution_mode: str = "on_wait") -> Any:
     """`interpret=` of a TPU kernel whose races `tpu_races` reports.
 

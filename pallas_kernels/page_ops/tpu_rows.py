@@ -17,6 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array
 
+from kvjax.pallas_kernels import compat
 from kvjax.pallas_kernels.page_ops.pages import stored_dtype
 from kvjax.pallas_kernels.page_ops.quantise import from_bits, to_bits
 
@@ -130,6 +131,12 @@ def merge_rows(
     in_specs = [tile_of(source.shape, "src")]
     if pool is not None:
         in_specs.append(tile_of(shape, "dst"))
+    # A pool that is donated as it is cannot be held: XLA takes its two memory spaces for different
+    # shapes (libtpu 0.0.42). The scales are small enough to be copied, and are reshaped on the way.
+    if pool is None:
+        source = compat.in_hbm(source, interpret)
+    elif per_lane:
+        pool = compat.in_hbm(pool, interpret)
     count, across = todo.src.shape[0], 2 if per_lane else 3
     moved = count * source.shape[1] * source.shape[across] * source.dtype.itemsize
     kept = count * shape[1] * shape[across] * dtype.itemsize

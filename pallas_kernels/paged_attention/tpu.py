@@ -151,7 +151,8 @@ class _Call:
         self.kv_lens, self.lo, self.hi, self.tail, self.sinks = kv_lens, lo, hi, tail, sinks
         self.single = jnp.diff(starts) == 1
         # one page of nothing where there are no scales
-        self.scales = jnp.zeros((1, 8, 128), jnp.float32) if pages.scale is None else pages.scale
+        scales = jnp.zeros((1, 8, 128), jnp.float32) if pages.scale is None else pages.scale
+        self.pool, self.scales = (compat.in_hbm(x, g.interpret) for x in (pages.kv, scales))
 
     def cost(self, rows: int, walks: int) -> pl.CostEstimate:
         """Operations and bytes if each of `walks` items reads every page of its table row."""
@@ -173,7 +174,7 @@ class _Call:
         if g.tail_words:
             tail = self.tail[items.begin][:, None]
         results = decode(
-            g, items, self.tables, q[items.begin], tail, self.sinks, self.pages.kv, self.scales,
+            g, items, self.tables, q[items.begin], tail, self.sinks, self.pool, self.scales,
             self.cost(seqs, seqs),
         )  # fmt: skip
         if rest is None:
@@ -201,7 +202,7 @@ class _Call:
         chunks = chunks.reshape(-1, g.kv_heads, g.group * chunk, g.q_lanes)
         results = prefill(
             g, items, self.tables, chunks, rows, jnp.repeat(self.sinks, chunk, axis=1),
-            self.pages.kv, self.scales, self.cost(tokens, -(-tokens // tile)),
+            self.pool, self.scales, self.cost(tokens, -(-tokens // tile)),
             tile=tile, chunk=chunk,
         )  # fmt: skip
 
