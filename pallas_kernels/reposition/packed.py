@@ -1,4 +1,4 @@
-"""Packed rows on the way to other positions: patched, rotated and rounded, by XLA on any platform."""
+"""Packed rows on the way to other positions: patched, rotated and rounded by XLA, anywhere."""
 
 import jax.numpy as jnp
 from jaxtyping import Array

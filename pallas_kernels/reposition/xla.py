@@ -1,7 +1,6 @@
 """Repositioning as one gather and one scatter: any platform, either layout."""
 
 import jax.numpy as jnp
-from jaxtyping import Array
 
 from kvjax.pallas_kernels.page_ops.pages import LayerPages, PackedPages, Pages
 from kvjax.pallas_kernels.page_ops.quantise import decode, encode
