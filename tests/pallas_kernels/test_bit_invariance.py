@@ -148,6 +148,7 @@ def test_what_one_sequence_appends_to_a_shared_prefix_reaches_no_other(backend):
     p = sharing(p, [(0, 18)] * 5, [(0, 400)] * 5)
     clean = attend(p, backend=backend, max_query_len=1)
     for pool in (p.pages.k, p.pages.v):
+        assert pool is not None
         pool[p.block_tables[2, 18:]] = np.nan
     dirty = attend(p, backend=backend, max_query_len=1)
     assert np.isnan(dirty[0][2]).all()

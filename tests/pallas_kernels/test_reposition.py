@@ -150,7 +150,7 @@ def test_packed_keys_are_shifted_in_place_beside_values_that_stay(kind):
 
 
 def test_a_packed_scaled_head_that_may_be_latent_is_refused():
-    pages = pack_pages(LayerPages(*(x[:, :1] for x in random_pages(7, np.int8))))
+    pages = pack_pages(jax.tree.map(lambda x: x[:, :1], random_pages(7, np.int8)))
     slots = np.arange(TOKENS, dtype=np.int32)
     with pytest.raises(ExceptionGroup) as caught:
         reposition(pages, slots, slots, *tables(8, 8))
