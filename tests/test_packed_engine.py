@@ -14,8 +14,9 @@ from kvjax.request import SamplingParams
 from tests.test_engine_exactness import PARAMS, PROMPTS, bits, cold, serve
 from tests.tiny_model import tiny_engine
 
-KINDS = ["float32", "int8", *(pytest.param(k, marks=pytest.mark.slow) for k in ("bfloat16",
-         "float8_e4m3fn"))]  # fmt: skip
+SLOW = [pytest.param(kind, marks=pytest.mark.slow) for kind in ("float32", "bfloat16",
+        "float8_e4m3fn")]  # fmt: skip
+KINDS = ["int8", *SLOW]
 SOME = [0, 1, 3]  # of the prompts: greedy, drawn, penalised
 
 
@@ -54,7 +55,7 @@ def test_packed_pages_give_the_bits_of_split_ones_cold_and_warm(kind):
     assert tree.stats.hit_tokens > before
 
 
-@pytest.mark.parametrize("kind", ["float32", pytest.param("int8", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", KINDS)
 def test_forks_copy_packed_pages_when_they_write(kind):
     """The prompt ends inside a page, so each of the four copies that page once."""
     four = SamplingParams(max_tokens=20, n=4, seed=5, ignore_eos=True)
@@ -83,7 +84,7 @@ def test_packed_pages_are_rebuilt_after_they_were_lost():
     assert results(packed, between=lose) == wanted
 
 
-@pytest.mark.parametrize("kind", ["float32", "int8"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_the_pool_takes_the_bytes_that_were_counted(kind):
     runner = engine("packed", kind)[0].runner
     held = sum(x.nbytes for x in jax.tree.leaves(runner.pages))
