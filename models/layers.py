@@ -138,6 +138,19 @@ class Attention(nnx.Module):
         max_query_len: int | None,
     ) -> tuple[Array, Pages]:
         """Writes the tokens' KV to their slots, then attends. Consumes `pages`."""
+        q, k, v = self.project(x, cos_sin)
+        tokens, kv_heads, d = k.shape
+        write_and_attend = partial(_write_and_attend, scale=self.scale, soft_cap=self.soft_cap,
+                                   max_query_len=max_query_len)  # fmt: skip
+        out, pages = _over_heads(self.sharding, write_and_attend, kv_heads)(
+            q, k, v, pages, query_starts, view
+        )
+        return self.o(out.reshape(tokens, kv_heads, self.group * d)), pages
+
+    def project(
+        self, x: Float[Array, "tokens hidden"], cos_sin: Float[Array, "tokens 2 half"]
+    ) -> tuple[Array, Array, Array | None]:
+        """Queries `[tokens, q_heads, d]`, and keys and values as they are stored."""
         qkv = self.qkv(x)  # [tokens, kv_heads, group + 2, d]
         tokens, kv_heads, _, d = qkv.shape
         if self.q_norm is not None and self.k_norm is not None:
@@ -148,13 +161,7 @@ class Attention(nnx.Module):
         if self.rotates:
             qk = rotate(qk, cos_sin)  # queries and keys in one operation
         q = qk[:, :, : self.group].reshape(tokens, kv_heads * self.group, d)
-        k, v = qk[:, :, self.group], qkv[:, :, self.group + 1]
-        write_and_attend = partial(_write_and_attend, scale=self.scale, soft_cap=self.soft_cap,
-                                   max_query_len=max_query_len)  # fmt: skip
-        out, pages = _over_heads(self.sharding, write_and_attend, kv_heads)(
-            q, k, v, pages, query_starts, view
-        )
-        return self.o(out.reshape(tokens, kv_heads, self.group * d)), pages
+        return q, qk[:, :, self.group], qkv[:, :, self.group + 1]
 
 
 class OutputProjection(nnx.Module):

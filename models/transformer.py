@@ -133,6 +133,43 @@ class Transformer(nnx.Module):
             )
         return hidden, KVPages(tuple(out)), tuple(kept)
 
+    def project(
+        self,
+        layer: int,
+        hidden: Float[Array, "tokens hidden"],
+        positions: Int[Array, " tokens"],
+    ) -> tuple[Array, Array, Array | None]:
+        """Queries of `layer`, and its keys and values as they are stored, of the hidden states
+        that enter it: what scores look at, and what restores KV from hidden states."""
+        block = self.blocks[layer]
+        turn = self._rope_of(layer)[positions]
+        return block.attention.project(block.before_attention(hidden), turn)
+
+    def turn(
+        self, layer: int, shifts: Int[Array, " tokens"]
+    ) -> tuple[Float[Array, "tokens half"], Float[Array, "tokens half"], int]:
+        """Cosines and sines that move stored keys of `layer` by `shifts` positions, and the first
+        channel they turn: what `reposition` takes.
+
+        From the float64 table of positions, where `R(-n)` is the transpose of `R(n)`. An amplitude
+        of that table (YaRN, longrope) is in the stored keys already, and is divided out.
+        """
+        c = self.config
+        table = self._rope_of(layer)
+        offset = c.latent.kv_lora_rank if c.latent else 0
+        if not c.rotates(layer):
+            no_turn = jnp.ones((shifts.shape[0], table.shape[2]), table.dtype)
+            return no_turn, jnp.zeros_like(no_turn), offset
+        amplitude = table[0, 0, 0]  # cos(0) times it
+        turn = table[jnp.abs(shifts)] / amplitude
+        return turn[:, 0], turn[:, 1] * jnp.sign(shifts)[:, None].astype(table.dtype), offset
+
+    def _rope_of(self, layer: int) -> Array:
+        """The rotary table of a layer: sliding layers may have a base of their own."""
+        if self.local_rope is not None and self.config.window(layer) is not None:
+            return self.local_rope[...]
+        return self.rope[...]
+
     def head(self, hidden: Float[Array, "rows hidden"]) -> Float[Array, "rows vocab"]:
         """Float32 logits."""
         with jax.named_scope("head"):
