@@ -3,6 +3,7 @@
 import functools
 from typing import Any
 
+import jax
 import pytest
 
 from kvjax.cache.pages import KVGroup, KVSpec
@@ -15,7 +16,7 @@ from kvjax.runner import ladder
 from kvjax.schedule import Limits
 from kvjax.step import Bucket, StepLayout
 from tests.test_engine_exactness import cold, serve
-from tests.tiny_model import tiny_engine
+from tests.tiny_model import tiny_engine, tiny_model
 
 LONG = "the quick brown fox jumps over the lazy dog and runs through the wood to the old mill, "
 PROMPTS = [LONG + ending for ending in ("once", "twice", "three times", "for ever")]
@@ -99,9 +100,17 @@ def test_groups_of_two_prompts_and_a_loner_in_one_step_keep_their_tokens_apart()
     assert got == tokens(engine(False), prompts, GREEDY)
 
 
-def test_an_engine_on_a_cpu_or_with_steady_bits_has_no_cascade_programs():
-    assert not any(b.cascade for b in tiny_engine()[0].runner.buckets)
-    assert tiny_engine()[0].runner.cascade_rule is None
+def cascades(**settings: Any) -> list[str]:
+    return [str(b) for b in tiny_engine(**settings)[0].runner.buckets if b.cascade]
+
+
+def test_an_accelerator_has_programs_for_cascades_unless_bits_are_to_be_steady(monkeypatch):
+    for steady in (True, False):
+        tiny_model("float32", steady)  # before the platform is another one
+    assert cascades(deterministic=False) == []
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert cascades(deterministic=False) == ["cascade2", "cascade4"]
+    assert cascades(deterministic=True) == []
 
 
 def test_programs_for_cascades_are_one_per_decode_program_of_several_sequences():

@@ -29,7 +29,7 @@ def xla_attention(monkeypatch):
 @functools.cache
 def engine(layout: str, kind: str) -> tuple[Engine, Intake]:
     """Few sequences and tokens in a step, so that there is little to compile."""
-    limits = {"max_num_seqs": 2, "max_num_batched_tokens": 16}
+    limits: Any = {"max_num_seqs": 2, "max_num_batched_tokens": 16}
     return tiny_engine(layout=layout, kv_cache_dtype=kind, **limits)
 
 
@@ -45,7 +45,9 @@ def test_pages_are_packed_on_a_tpu_and_split_elsewhere():
 @pytest.mark.parametrize("kind", KINDS)
 def test_packed_pages_give_the_bits_of_split_ones_cold_and_warm(kind):
     packed = cold(engine("packed", kind))
-    assert all(isinstance(p, PackedPages) for p in packed[0].runner.pages.layers)
+    pages = packed[0].runner.pages
+    assert pages is not None
+    assert all(isinstance(layer, PackedPages) for layer in pages.layers)
     wanted = results(cold(engine("split", kind)))
     tree = packed[0].scheduler.tree
     assert tree is not None

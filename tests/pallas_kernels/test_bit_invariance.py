@@ -120,18 +120,19 @@ def sharing(p: Problem, members: list[tuple[int, int]], own: list[Seen]) -> Prob
     return dataclasses.replace(p, block_tables=tables, lo=lo, hi=hi, kv_lens=np.maximum(hi, 1))
 
 
+KINDS = {"f32": np.float32, "bf16": np.uint16, "int8": np.int8}
 MEMBERS = [(0, 20), (1, 21), (0, 20), (0, 7), (1, 21), (5, 3), (0, 20), (1, 3), (0, 20), (0, 20)]
 OWN = [(0, 400), (0, 361), (0, 333), (0, 130), (200, 380), (0, 17), (64, 400), (0, 0), (300, 321),
        (0, 320)]  # fmt: skip
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("variant", ["plain", *VARIANTS])
+@pytest.mark.parametrize("variant", [*KINDS, *VARIANTS])
 def test_sequences_that_share_pages_give_the_bits_of_each_alone(backend, variant):
     """Interleaved groups, prefixes inside of blocks, windows that begin within the prefix."""
     heads = Heads(9, 3, 64)
     seqs = [(400, [(0, 400)])] * len(OWN)
-    options = VARIANTS.get(variant, {})
+    options = VARIANTS.get(variant) or {"physical": KINDS[variant]}
     p = sharing(problem(6, heads, seqs, pages_per_seq=25, **options), MEMBERS, OWN)
     o, lse = attend(p, backend=backend, max_query_len=1)
     for i in range(len(OWN)):
