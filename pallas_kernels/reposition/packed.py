@@ -19,16 +19,25 @@ def moved_rows(
     if pages.scale is not None:
         return _moved_scaled(rows, pages, cos, sin, patch, patch_v, frame, offset, width)
     k = moved_keys(decode(rows.kv[..., :width]), cos, sin, _padded(patch, width), frame, offset)
-    # Concatenated, not set into `rows.kv`: XLA:CPU (jax 0.10) would update that array in place
-    # while the rotation still reads the other channel of the pair from it.
-    parts = [encode(k, rows.kv.dtype)[0], rows.kv[..., width:]]
+    kv = _with_lanes(rows.kv, 0, encode(k, rows.kv.dtype)[0])
     if patch_v is not None:
         half = pages.kv.shape[3] // 2
-        v = slice(half, half + patch_v.shape[2])
-        patched = decode(rows.kv[..., v]).astype(jnp.float32) + dense(patch_v)
-        between, after = rows.kv[..., width:half], rows.kv[..., v.stop :]
-        parts = [parts[0], between, encode(patched, rows.kv.dtype)[0], after]
-    return PackedPages(jnp.concatenate(parts, axis=-1))
+        at = slice(half, half + patch_v.shape[2])
+        v = decode(rows.kv[..., at]).astype(jnp.float32) + dense(patch_v)
+        kv = _with_lanes(kv, half, encode(v, rows.kv.dtype)[0])
+    return PackedPages(kv)
+
+
+def _with_lanes(rows: Array, first: int, x: Array) -> Array:
+    """Rows with `x` in the lanes from `first` on.
+
+    Not set into `rows`: XLA:CPU (jax 0.10) would update that array in place while the rotation
+    still reads the other channel of the pair from it.
+    """
+    lanes, end = rows.shape[-1], first + x.shape[-1]
+    lane = jnp.arange(lanes)
+    x = jnp.pad(x, ((0, 0), (0, 0), (first, lanes - end)))
+    return jnp.where((lane >= first) & (lane < end), x, rows)
 
 
 def _moved_scaled(
