@@ -253,6 +253,10 @@ def cases() -> Iterator[tuple[str, str, Callable[[Chip], Program]]]:
     rest = {"write": write, "gather": gather, "copy": copy, "shift": shift, "move": move}
     first = {"decode": decode, "prefill": prefill} | rest
     for kinds, names, programs in (
+        (
+            ("uint16", "int8"), ("SmolLM2-135M",),
+            {"step": whole_step, "cascade step": functools.partial(whole_step, cascade=True)},
+        ),
         (("bfloat16",), tuple(MODELS), first),
         (("uint16", "int8", "uint8"), ("Llama-3-8B", "DeepSeek-MLA"), first),
         (("float32",), ("SmolLM2-135M", "Llama-3-8B"), first),
@@ -265,10 +269,6 @@ def cases() -> Iterator[tuple[str, str, Callable[[Chip], Program]]]:
         ),
         (("bfloat16", "int8"), ("Llama-3-8B", "DeepSeek-MLA"), {"cascade": cascade}),
         (("bfloat16", "int8"), ("Llama-3-8B", "Gemma-3-4B"), {"mass": mass}),
-        (
-            ("uint16", "int8"), ("SmolLM2-135M",),
-            {"step": whole_step, "cascade step": functools.partial(whole_step, cascade=True)},
-        ),
     ):  # fmt: skip
         for kind in kinds:
             for name in names:
