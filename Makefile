@@ -16,7 +16,7 @@ CONSTRAINTS := $(wildcard constraints-py$(VERSION).txt)
 PIP_FLAGS := --quiet --quiet --disable-pip-version-check $(addprefix -c ,$(CONSTRAINTS))
 WORKERS ?= 2
 
-.PHONY: help demo test test-slow lint parity aot bench clean
+.PHONY: help demo test test-slow lint parity aot aot-install bench clean
 
 help:
 	@echo "make demo       install, fetch a small model, run batch inference over examples/"
@@ -77,12 +77,14 @@ parity: $(PARITY_STAMP)
 
 # Neither libtpu's compiler nor CUDA's needs a device. What the installed jax has no compiler for is
 # skipped, and said: CUDA wants Python 3.12. AOT_TARGETS=tests.aot.cuda compiles for that alone.
-aot:
-	@$(MAKE) --no-print-directory VENV=$(AOT) $(AOT)/stamp-$(VERSION)-aot
+aot: aot-install
 	$(AOT)/bin/python -m tests.aot --minutes $(AOT_MINUTES) $(AOT_TARGETS)
+
+aot-install:
+	@$(MAKE) --no-print-directory VENV=$(AOT) $(AOT)/stamp-$(VERSION)-aot
 
 bench: $(STAMP)
 	$(BIN)/kvjax bench engine
 
 clean:
-	rm -rf $(VENV) $(PARITY) $(AOT) build *.egg-info
+	rm -rf $(VENV) $(PARITY) $(AOT) .venv-aot-312 build *.egg-info

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from kvjax.cache.pages import KVSpec
+from kvjax.cache.pages import KVSpec, layout_for
 from kvjax.config import EngineConfig, cache_dir, host_memory
 from kvjax.engine import Engine
 from kvjax.intake import Intake
@@ -61,7 +61,9 @@ def build(model: str | Path, config: EngineConfig, mesh: Mesh | None = None) -> 
         sharding=sharding,
         deterministic=config.deterministic,
     )
-    spec = kv_spec(arch, config.kv_dtype, config.page_size)
+    platform = jax.default_backend()
+    page_size = config.page_size or (16 if platform == "cpu" else 64)
+    spec = kv_spec(arch, config.kv_dtype, page_size, layout_for(platform), sharding.ways)
     num_pages = _num_pages(spec, config, max_model_len)
     _announce(spec, num_pages, config, max_model_len)
     ends = tuple(dict.fromkeys((*arch.eos_token_ids, *tokenizer.eos_token_ids)))
@@ -70,7 +72,7 @@ def build(model: str | Path, config: EngineConfig, mesh: Mesh | None = None) -> 
         vocab_size=arch.vocab_size,
         end_token_ids=ends,
         max_model_len=max_model_len,
-        max_prompt_tokens=num_pages * config.page_size,
+        max_prompt_tokens=num_pages * page_size,
         seed=config.seed,
         clock=time.monotonic,
     )

@@ -31,7 +31,7 @@ class EngineConfig:
     max_model_len: int | None = None  # tokens, prompt and output; None: the model's own context
     max_num_seqs: int = 8  # sequences in one step
     max_num_batched_tokens: int = 512  # tokens in one step
-    page_size: int = 16  # KV slots per page
+    page_size: int | None = None  # KV slots per page; None: 16 on a CPU, 64 on an accelerator
     kv_cache_memory: int | None = None  # bytes; None: by memory_utilization
     memory_utilization: float = 0.9  # of an accelerator's memory; on CPU KV takes 5 % of the host's
     enable_prefix_caching: bool = True
@@ -50,12 +50,13 @@ class EngineConfig:
             ("kv_cache_memory", 1),
         ):
             value = getattr(self, name)
-            if value is None and name in ("max_model_len", "kv_cache_memory"):
+            if value is None and name in ("page_size", "max_model_len", "kv_cache_memory"):
                 continue
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise ValueError(f"{name} must be an integer >= {least}, got {value!r}")
-        if self.page_size & (self.page_size - 1) or self.page_size > 256:
-            raise ValueError(f"page_size must be a power of two in 16..256, got {self.page_size}")
+        size = self.page_size
+        if size is not None and (size & (size - 1) or size > 256):
+            raise ValueError(f"page_size must be a power of two in 16..256, got {size}")
         if self.max_num_batched_tokens < self.max_num_seqs:
             raise ValueError(
                 f"max_num_batched_tokens={self.max_num_batched_tokens} must be at least "

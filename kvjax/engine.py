@@ -22,6 +22,7 @@ from kvjax.config import EngineConfig
 from kvjax.decode import SampleOutput
 from kvjax.errors import KVJaxError, StepFailed
 from kvjax.models import Transformer
+from kvjax.pallas_kernels import cascade_refusal
 from kvjax.recovery import Suspects
 from kvjax.request import FinishReason, Logprob, PositionLogprobs
 from kvjax.runner import Dispatched, RowOwner, Runner
@@ -43,7 +44,9 @@ class Engine:
         max_model_len: int,
         clock: Callable[[], float] = time.monotonic,
         decode_token: Callable[[int], str] | None = None,
+        cascade: bool | None = None,
     ) -> None:
+        """`cascade=None`: where the platform gains by it and nobody asked for steady bits."""
         self.config, self.spec, self.clock = config, spec, clock
         # The last token's KV is never needed: a sequence may be one longer than the pool.
         max_model_len = min(max_model_len, num_pages * spec.page_size + 1)
@@ -63,7 +66,10 @@ class Engine:
                 )
             tree = RadixTree(pool, EVICTION_POLICIES[config.eviction_policy]())
         self.scheduler = Scheduler(pool, tree, self.limits, clock)
-        self.runner = Runner(model, spec, num_pages, self.limits)
+        if cascade is None:
+            never = cascade_refusal(jax.default_backend())
+            cascade = never is None and not config.deterministic
+        self.runner = Runner(model, spec, num_pages, self.limits, cascade)
         self._decode_token = decode_token
         self._in_flight: Dispatched | None = None
         self._parked: set[Sequence] = set()

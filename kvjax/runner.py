@@ -26,7 +26,8 @@ from kvjax.decode import (
     seat_features,
     stage_arguments,
 )
-from kvjax.models import Transformer
+from kvjax.models import ModelConfig, Transformer
+from kvjax.prefix_groups import CascadeRule, PrefixGroups
 from kvjax.request import SamplingParams
 from kvjax.schedule import Chunk, Limits, StepPlan
 from kvjax.sequence import Sequence
@@ -57,19 +58,29 @@ class Dispatched:
 class Runner:
     """Runs plans on the device, in the order they come."""
 
-    def __init__(self, model: Transformer, spec: KVSpec, num_pages: int, limits: Limits) -> None:
+    def __init__(
+        self,
+        model: Transformer,
+        spec: KVSpec,
+        num_pages: int,
+        limits: Limits,
+        cascade: bool = False,
+    ) -> None:
+        """`cascade`: decode steps may read what sequences share once, where that moves less."""
         self.spec, self.num_pages, self.limits = spec, num_pages, limits
         self.config, self.sharding = model.config, model.sharding
         self._graph, state = nnx.split(model)
         self._weights, self._weights_tree = jax.tree.flatten(state)
         self._pages_per_seq = -(-limits.max_model_len // spec.page_size)
         self.arguments = stage_arguments()
-        self.buckets = ladder(limits)
+        self.cascade_rule = _cascade_rule(model.config, spec) if cascade else None
+        self.buckets = ladder(limits, self.cascade_rule is not None)
         self._programs: dict[Bucket | str, Any] = {}
         self._layouts: dict[Bucket, StepLayout] = {}
         self.compiles = 0
         self.compile_seconds = 0.0
         self.padded_tokens = self.real_tokens = 0
+        self.cascade_steps = 0  # decode steps that the rule gave to `cascade_attention`
         self.rebuild()
 
     # ---- device state -----------------------------------------------------------------------
@@ -159,15 +170,17 @@ class Runner:
 
         If this (or reading the results) raises, pages and state are lost: call `rebuild()`.
         """
-        bucket = self._bucket(plan)
+        groups = self._groups(plan)
+        bucket = self._bucket(plan, groups is not None)
         program, layout = self._program(bucket), self._layout(bucket)
-        batch, owners = self._batch(plan, bucket)
+        batch, owners = self._batch(plan, bucket, groups)
         if plan.copies:
             self._copy(plan.copies)
         for sequence in plan.loads:
             self._load_seat(sequence)
         self.real_tokens += plan.num_tokens
         self.padded_tokens += bucket.tokens
+        self.cascade_steps += bucket.cascade
         self.pages, self.state, out = program(
             self._weights, self.pages, self.state, layout.pack(batch)
         )
@@ -194,11 +207,24 @@ class Runner:
         assert sequence.seat is not None
         self.state = self._program("load_seat")(self.state, np.int32(sequence.seat), features)
 
-    def _bucket(self, plan: StepPlan) -> Bucket:
+    def _groups(self, plan: StepPlan) -> PrefixGroups | None:
+        """Who reads a prefix together in a decode step, if that pays."""
+        if self.cascade_rule is None or len(plan.chunks) < 2 or not _is_decode(plan):
+            return None
+        return self.cascade_rule.groups(
+            [chunk.sequence.page_ids for chunk in plan.chunks],
+            [chunk.stop for chunk in plan.chunks],
+        )
+
+    def _bucket(self, plan: StepPlan, cascade: bool = False) -> Bucket:
         """The smallest program that holds the plan."""
         scores = any(chunk.scores_prompt for chunk in plan.chunks)
-        if not scores and all(chunk.stop - chunk.start == 1 for chunk in plan.chunks):
-            fits = [b for b in self.buckets if b.decode and b.seqs >= len(plan.chunks)]
+        if _is_decode(plan):
+            fits = [
+                b
+                for b in self.buckets
+                if b.decode and b.seqs >= len(plan.chunks) and b.cascade == cascade
+            ]
         else:
             fits = [
                 b
@@ -207,15 +233,18 @@ class Runner:
             ]
         return min(fits)
 
-    def _batch(self, plan: StepPlan, bucket: Bucket) -> tuple[StepBatch, tuple[RowOwner, ...]]:
-        """The plan as padded numpy arrays."""
+    def _batch(
+        self, plan: StepPlan, bucket: Bucket, groups: PrefixGroups | None
+    ) -> tuple[StepBatch, tuple[RowOwner, ...]]:
+        """The plan as padded numpy arrays, its sequences in the order of the groups."""
         t, s, size = bucket.tokens, bucket.seqs, self.spec.page_size
         tokens, source, positions = ints(t), ints(t, padding=-1), ints(t)
         slots, hi = ints(t, padding=-1), ints(t)
         starts, kv_lens, tables = ints(s + 1), ints(s), ints(s, self._pages_per_seq)
         rows: list[tuple[int, RowOwner]] = []
         at = 0
-        for i, chunk in enumerate(plan.chunks):
+        chunks = plan.chunks if groups is None else [plan.chunks[i] for i in groups.order]
+        for i, chunk in enumerate(chunks):
             sequence, n = chunk.sequence, chunk.stop - chunk.start
             span = slice(at, at + n)
             known = sequence.tokens[chunk.start : chunk.stop]
@@ -235,6 +264,7 @@ class Runner:
         logits_rows = ints(bucket.rows)
         logits_rows[: len(rows)] = [row for row, _ in rows]
         owners = tuple(owner for _, owner in rows)
+        shared: Any = (None, None) if groups is None else groups.padded(s)
         views = tuple(
             KVView(
                 write_slots=slots,
@@ -242,6 +272,8 @@ class Runner:
                 visible_hi=hi,
                 block_tables=tables,
                 kv_lens=kv_lens,
+                group_starts=None if group.window is not None else shared[0],
+                prefix_lens=None if group.window is not None else shared[1],
             )
             for group in self.spec.groups
         )
@@ -264,8 +296,28 @@ def _return_freed_memory() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def ladder(limits: Limits) -> tuple[Bucket, ...]:
+def _is_decode(plan: StepPlan) -> bool:
+    """Whether every sequence brings one token, to draw the next from."""
+    return all(c.stop - c.start == 1 and not c.scores_prompt for c in plan.chunks)
+
+
+def _cascade_rule(config: ModelConfig, spec: KVSpec) -> CascadeRule | None:
+    """The rule for the layers that see everything; None for a model that has none.
+
+    A window leaves little to share, and what little it is moves with every token.
+    """
+    group = next((group for group in spec.groups if group.window is None), None)
+    if group is None:
+        return None
+    v_width = config.latent.kv_lora_rank if config.latent else group.v_width
+    state = 4 * config.num_heads * (v_width + 1)
+    return CascadeRule(spec.page_size, spec.layer_bytes(group), state)
+
+
+def ladder(limits: Limits, cascade: bool = False) -> tuple[Bucket, ...]:
     """The programs of an engine: decode by sequences, mixed by tokens, one to score prompts.
+
+    With `cascade`, decode programs of two sequences or more have a twin for shared prefixes.
 
     Powers of two up to the limits, which are themselves the last rungs: nothing is ever padded
     beyond the step's budget.
@@ -276,7 +328,8 @@ def ladder(limits: Limits) -> tuple[Bucket, ...]:
     mixed = [Bucket(n, seqs, seqs, False) for n in _rungs(first, limits.max_num_batched_tokens)]
     scored = limits.max_scored_tokens
     score = [Bucket(scored, seqs, scored, False)] if scored > seqs else []
-    return tuple(sorted([*decode, *mixed, *score]))
+    twins = [dataclasses.replace(b, cascade=True) for b in decode if cascade and b.seqs > 1]
+    return (*sorted([*decode, *mixed, *score]), *twins)
 
 
 def _rungs(first: int, last: int) -> list[int]:

@@ -11,10 +11,10 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from kvjax.cache.pages import KVView
-from kvjax.models.layers import Linear, RMSNorm
+from kvjax.models.layers import Linear, RMSNorm, attend
 from kvjax.models.loading import Loader
 from kvjax.models.rope import rotate
-from kvjax.pallas_kernels import Pages, paged_attention, write_slots
+from kvjax.pallas_kernels import Pages, write_slots
 
 _LATENT_NORM_EPS = 1e-6  # of the norms on latents, whatever the configuration says of the others
 
@@ -66,9 +66,8 @@ class LatentAttention(nnx.Module):
         """Writes the tokens' latents to their slots, then attends. Consumes `pages`."""
         q, latent, _ = self.project(x, cos_sin)
         pages = write_slots(pages, latent, None, view.write_slots)
-        out = paged_attention(
-            q, pages, view.block_tables, query_starts, view.kv_lens, view.visible_lo,
-            view.visible_hi, scale=self.scale, tail_mask=view.tail_mask, value_width=self.rank,
+        out = attend(
+            q, pages, query_starts, view, scale=self.scale, value_width=self.rank,
             max_query_len=max_query_len,
         )  # fmt: skip
         out = _per_head(out, self.absorb_v[...])

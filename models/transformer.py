@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from kvjax.cache.pages import KVGroup, KVKind, KVPages, KVSpec, KVView
+from kvjax.cache.pages import KVGroup, KVKind, KVPages, KVSpec, KVView, PageLayout
 from kvjax.models.config import ModelConfig, RopeConfig
 from kvjax.models.latent import LatentAttention
 from kvjax.models.layers import MLP, Attention, Linear, RMSNorm
@@ -190,7 +190,9 @@ def _run_layer(graph, max_query_len, weights, hidden, pages, cos_sin, query_star
     return nnx.merge(graph, weights)(hidden, pages, cos_sin, query_starts, view, max_query_len)
 
 
-def kv_spec(config: ModelConfig, dtype: str, page_size: int) -> KVSpec:
+def kv_spec(
+    config: ModelConfig, dtype: str, page_size: int, layout: PageLayout = "split", shards: int = 1
+) -> KVSpec:
     """What `config` keeps per token: one group of full (or latent) layers, one per window size."""
     by_window: dict[int | None, list[int]] = {}
     for layer in range(config.num_layers):
@@ -206,4 +208,4 @@ def kv_spec(config: ModelConfig, dtype: str, page_size: int) -> KVSpec:
             KVGroup(kind=kind, layers=tuple(layers), num_kv_heads=heads, k_width=k_width,
                     v_width=v_width, dtype=dtype, window=window)
         )  # fmt: skip
-    return KVSpec(groups=tuple(groups), page_size=page_size)
+    return KVSpec(groups=tuple(groups), page_size=page_size, layout=layout, shards=shards)

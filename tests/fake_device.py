@@ -63,7 +63,9 @@ class FakeRunner:
 
     _bucket = Runner._bucket
 
-    def __init__(self, model: Any, spec: Any, num_pages: int, limits: Limits) -> None:
+    def __init__(
+        self, model: Any, spec: Any, num_pages: int, limits: Limits, cascade: bool
+    ) -> None:
         self.limits, self.num_pages = limits, num_pages
         self.pool = PagePool(num_pages, PAGE)  # the engine's, once there is one
         self.buckets = ladder(limits)
@@ -248,6 +250,7 @@ def make_engine(
         enable_prefix_caching=prefix_caching,
         eviction_policy="lru",
         overlap=overlap,
+        deterministic=False,
     )
     model: Any = None
     spec: Any = types.SimpleNamespace(page_size=PAGE)

@@ -123,7 +123,7 @@ def add_engine(parser: argparse.ArgumentParser) -> None:
     add("max_num_batched_tokens", "tokens in one step", type=int, metavar="N")
     add("kv_cache_memory", "such as 512M or 2G", type=size, metavar="SIZE")
     add("memory_utilization", "share of an accelerator's memory", type=float, metavar="X")
-    add("page_size", "KV slots per page", type=int, metavar="N")
+    add("page_size", "KV slots per page; 16 on a CPU, 64 elsewhere", type=int, metavar="N")
     add("enable_prefix_caching", "reuse the KV of equal prompt beginnings")
     add("eviction_policy", "what leaves a full cache first", choices=sorted(EVICTION_POLICIES))
     add("deterministic", "bits of a result never depend on what else is in the batch")

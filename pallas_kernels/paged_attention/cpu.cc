@@ -1,11 +1,15 @@
 // Paged attention on a CPU, straight from the pages: an XLA FFI handler.
 //
-// A unit of work is a tile of query tokens of one sequence and one KV head. It walks the keys that
-// the tile can see in blocks of 64, counted from the start of the sequence. A block is unpacked to
-// float32 once (keys transposed), then all rows of the tile go through the same register kernels,
-// four rows at a time, whether they come from a prefill or from a decode. A score is one chain of
-// multiply-adds over the channels, an output one over the keys, so a row's bits depend on nothing
-// but its own query, its interval and its KV.
+// A unit of work is a tile of query tokens and one KV head. It walks the keys that the tile can see
+// in blocks of 64, counted from the start of the sequence. A block is unpacked to float32 once (keys
+// transposed), then all rows of the tile go through the same register kernels, four rows at a time,
+// whether they come from a prefill or from a decode. A score is one chain of multiply-adds over the
+// channels, an output one over the keys, so a row's bits depend on nothing but its own query, its
+// interval and its KV.
+//
+// Sequences whose block tables begin with the same pages share a tile: it walks the blocks of those
+// pages once for all of its rows, then the rest of each sequence for that sequence's rows alone. It
+// is the same walk for a row, in the same order, so sharing changes no bit (and needs no merging).
 //
 // The softmax is the online one (FlashAttention-2, 2307.08691, section 3.1).
 
@@ -25,6 +29,7 @@ constexpr int kVectors = 4;                // vectors of a row in a register ker
 constexpr int kBlock = kLanes * kVectors;  // keys in a block: one bit each in a Mask
 constexpr int kRows = 4;                   // rows in a register kernel
 constexpr int kTileRows = 64;              // rows of a tile, unless one token alone brings more
+constexpr int kTilesPerThread = 2;         // at least, or threads would wait for each other
 constexpr float kInf = std::numeric_limits<float>::infinity();
 
 using Mask = uint64_t;
@@ -138,14 +143,34 @@ inline void Absorb(const float* p, const float* values, int width, const float* 
 struct Row {
   int64_t token;
   int lo, hi;            // the visible interval, cut to what is written
+  int len;               // slots written in its sequence
   float top = -kInf;     // running maximum
   float normaliser = 0;  // running sum of exp(score - top)
 };
 
-struct Tile {
+// Query tokens of one sequence.
+struct Member {
   int seq;
   int64_t first, tokens;
-  int head;
+};
+
+// Members that walk their first `shared` indices (whole blocks) together.
+struct Group {
+  std::vector<Member> members;
+  int shared = 0;
+};
+
+struct Tile {
+  const Member* members;
+  int num_members, shared, head;
+};
+
+// Rows on their way through the keys: queries, what they have gathered, and their masks.
+struct Rows {
+  int count, padded;  // padded to whole register kernels
+  float *queries, *acc;
+  Row* state;
+  Mask* masks;
 };
 
 // The arguments of one call. Shapes are those of `kvjax.pallas_kernels.paged_attention`.
@@ -164,22 +189,74 @@ struct Attention {
   float scale, soft_cap;
   bool has_sinks;
 
-  std::vector<Tile> Tiles() const {
+  // Indices of whole blocks that `a` and `b` keep on the same pages from the start.
+  int Common(int a, int b) const {
+    const int32_t *x = tables + a * table_width, *y = tables + b * table_width;
+    const int64_t pages = (std::min(lens[a], lens[b]) + page_size - 1) / page_size;
+    const int64_t same = std::mismatch(x, x + pages, y).first - x;
+    return static_cast<int>(same * page_size / kBlock * kBlock);
+  }
+
+  // Puts a sequence where fewer blocks are walked for it; in a group of its own otherwise.
+  void Join(const Member& member, std::vector<Group>& groups) const {
+    const int64_t rows = member.tokens * group;
+    for (Group& g : groups) {
+      const int others = static_cast<int>(g.members.size());
+      int common = Common(g.members[0].seq, member.seq);
+      if (others > 1) common = std::min(common, g.shared);
+      if (common == 0 || others * common < (others - 1) * g.shared) continue;
+      if (rows > kTileRows / 2) continue;  // its own rows pay for its keys
+      g.members.push_back(member);
+      g.shared = common;
+      return;
+    }
+    groups.push_back({{member}});
+  }
+
+  // A group becomes as many tiles as keep the threads busy, none of more than `kTileRows` rows
+  // unless one token alone brings more.
+  std::vector<Tile> Tiles(const std::vector<Group>& groups, int64_t threads) const {
+    const int64_t whole = std::max<int64_t>(1, groups.size() * kv_heads);
+    const int64_t parts = (kTilesPerThread * threads + whole - 1) / whole;
     std::vector<Tile> tiles;
-    const int64_t size = std::max<int64_t>(1, kTileRows / group);
-    for (int s = 0; s < seqs; ++s)
-      for (int64_t t = starts[s]; t < starts[s + 1]; t += size)
+    for (const Group& g : groups) {
+      const int64_t members = g.members.size(), most = (members + parts - 1) / parts;
+      for (int64_t i = 0; i < members;) {
+        int64_t n = 0, rows = 0;
+        while (n < most && i + n < members) {
+          rows += g.members[i + n].tokens * group;
+          if (n > 0 && rows > kTileRows) break;
+          ++n;
+        }
         for (int h = 0; h < kv_heads; ++h)
-          tiles.push_back({s, t, std::min<int64_t>(size, starts[s + 1] - t), h});
+          tiles.push_back({&g.members[i], static_cast<int>(n), n > 1 ? g.shared : 0, h});
+        i += n;
+      }
+    }
     return tiles;
   }
 
+  std::vector<Group> Groups() const {
+    std::vector<Group> together, alone;
+    const int64_t size = std::max<int64_t>(1, kTileRows / group);
+    for (int s = 0; s < seqs; ++s) {
+      if (starts[s + 1] - starts[s] <= size && starts[s] < starts[s + 1]) {
+        Join({s, starts[s], starts[s + 1] - starts[s]}, together);
+        continue;
+      }
+      for (int64_t t = starts[s]; t < starts[s + 1]; t += size)
+        alone.push_back({{{s, t, std::min<int64_t>(size, starts[s + 1] - t)}}});
+    }
+    alone.insert(alone.end(), together.begin(), together.end());
+    return alone;
+  }
+
   // Which keys of the block that starts at index `first` the row sees.
-  Mask Visible(const Row& row, int first, int len) const {
+  Mask Visible(const Row& row, int first) const {
     const int from = std::max(row.lo - first, 0), to = std::min(row.hi - first, kBlock);
     if (from >= to) return 0;
     Mask mask = (~Mask{0} >> (kBlock - (to - from))) << from;
-    const int tail = len - 32 * static_cast<int>(words);  // index of the tail's first bit
+    const int tail = row.len - 32 * static_cast<int>(words);  // index of the tail's first bit
     for (int b = std::max(tail - first, from); b < to; ++b) {
       const int j = first + b - tail;
       if (!(tail_mask[row.token * words + j / 32] >> (j % 32) & 1)) mask &= ~(Mask{1} << b);
@@ -194,12 +271,12 @@ struct Attention {
   };
 
   // The slots of the block that starts at index `first`, of those that `seen` marks.
-  void Locate(const Tile& tile, int first, Mask seen, Slots& slots) const {
-    const int32_t* table = tables + tile.seq * table_width;
+  void Locate(int seq, int head, int first, Mask seen, Slots& slots) const {
+    const int32_t* table = tables + seq * table_width;
     int64_t page = first / page_size, offset = first % page_size;
     for (int b = 0; b < kBlock; ++b) {
       if (seen >> b & 1) {
-        const int64_t slot = (table[page] * kv_heads + tile.head) * page_size + offset;
+        const int64_t slot = (table[page] * kv_heads + head) * page_size + offset;
         slots.k[b] = k + slot * k_width;
         slots.v[b] = v + slot * v_stride;
         if constexpr (kScaled<T>) {
@@ -216,8 +293,8 @@ struct Attention {
   // Reads a byte of every cache line of the block that starts at index `first`. Pages lie apart, so
   // no hardware guesses them; back to back the misses overlap, between the work of `Unpack` they
   // do not. (14 ms became 8 for 30 layers of 8 x 576 bfloat16 keys; prefetches changed nothing.)
-  void Touch(const Tile& tile, int first, int end) const {
-    const int32_t* table = tables + tile.seq * table_width;
+  void Touch(int seq, int head, int first, int end) const {
+    const int32_t* table = tables + seq * table_width;
     const auto touch = [](const T* p, int64_t count) {
       const char* from = reinterpret_cast<const char*>(p);
       for (int64_t i = 0; i < count * static_cast<int64_t>(sizeof(T)); i += 64)
@@ -226,7 +303,7 @@ struct Attention {
     for (int64_t i = first; i < std::min(first + kBlock, end);) {
       const int64_t page = i / page_size, offset = i % page_size;
       const int64_t count = std::min(page_size - offset, first + kBlock - i);
-      const int64_t slot = (table[page] * kv_heads + tile.head) * page_size + offset;
+      const int64_t slot = (table[page] * kv_heads + head) * page_size + offset;
       touch(k + slot * k_width, count * k_width);
       if (v != k) touch(v + slot * v_stride, count * v_stride);
       i += count;
@@ -282,58 +359,111 @@ struct Attention {
     return scale;
   }
 
-  void Run(const Tile& tile) const {
-    const int rows = static_cast<int>(tile.tokens * group);
-    const int padded = RoundUp(rows, kRows);
-    thread_local std::vector<float> scratch;
-    scratch.resize(size_t(padded + kBlock) * (k_padded + v_padded));
-    float* queries = scratch.data();
-    float* acc = queries + padded * k_padded;
-    float* keys = acc + padded * v_padded;
-    float* values = keys + kBlock * k_padded;
-    std::fill(queries, keys, 0.0f);
-
-    const int len = lens[tile.seq];
-    thread_local std::vector<Row> state;
-    thread_local std::vector<Mask> masks;
-    state.assign(padded, Row{0, 0, 0});
-    masks.resize(padded);
-    int lowest = len, highest = 0;
-    for (int i = 0; i < rows; ++i) {
-      const int64_t t = tile.first + i / group;
-      state[i] = {t, std::max(lo[t], 0), std::min(hi[t], len)};
-      if (state[i].lo < state[i].hi) {
-        lowest = std::min(lowest, state[i].lo);
-        highest = std::max(highest, state[i].hi);
-      }
-      const float* from = q + (t * kv_heads * group + tile.head * group + i % group) * k_width;
-      for (int d = 0; d < k_width; ++d) queries[i * k_padded + d] = from[d] * scale;
+  // Takes all rows through the blocks of the indices `[begin, end)` that some of them see, found
+  // through the table of `seq`. `begin` and `end` are block ends, or nothing lies behind `end`.
+  void Walk(const Rows& rows, int seq, int head, int begin, int end, float* scratch) const {
+    float *keys = scratch, *values = scratch + kBlock * k_padded;
+    int lowest = end, highest = begin;
+    for (int i = 0; i < rows.count; ++i) {
+      const Row& row = rows.state[i];
+      if (row.lo >= row.hi) continue;
+      lowest = std::min(lowest, row.lo);
+      highest = std::max(highest, row.hi);
     }
-
+    lowest = std::max(lowest, begin);
+    highest = std::min(highest, end);
     for (int first = lowest / kBlock * kBlock; first < highest; first += kBlock) {
       Mask seen = 0;
-      for (int i = 0; i < padded; ++i) seen |= masks[i] = Visible(state[i], first, len);
+      for (int i = 0; i < rows.padded; ++i) seen |= rows.masks[i] = Visible(rows.state[i], first);
       Slots slots;
-      Locate(tile, first, seen, slots);
-      Touch(tile, first, highest);
+      Locate(seq, head, first, seen, slots);
+      Touch(seq, head, first, highest);
       Unpack(slots, keys, values);
-      for (int i = 0; i < padded; i += kRows) {
-        float weights[kRows * kBlock], factor[kRows];
-        Scores(queries + i * k_padded, keys, k_padded, weights);
-        for (int r = 0; r < kRows; ++r)
-          factor[r] = Weigh(state[i + r], masks[i + r], weights + r * kBlock);
-        int c = 0;
-        for (; c + kBlock <= v_padded; c += kBlock)
-          Absorb<kVectors>(weights, values + c, v_padded, factor, acc + i * v_padded + c);
-        for (; c < v_padded; c += kLanes)
-          Absorb<1>(weights, values + c, v_padded, factor, acc + i * v_padded + c);
-      }
+      for (int i = 0; i < rows.padded; i += kRows) Take(rows, i, keys, values);
     }
-    for (int i = 0; i < rows; ++i) Finish(state[i], tile, i % group, acc + i * v_padded);
   }
 
-  void Finish(const Row& row, const Tile& tile, int g, const float* acc) const {
-    const int64_t head = tile.head * group + g, at = row.token * kv_heads * group + head;
+  // Takes the rows `[i, i + kRows)` through one block.
+  void Take(const Rows& rows, int i, const float* keys, const float* values) const {
+    float weights[kRows * kBlock], factor[kRows];
+    Scores(rows.queries + i * k_padded, keys, k_padded, weights);
+    for (int r = 0; r < kRows; ++r)
+      factor[r] = Weigh(rows.state[i + r], rows.masks[i + r], weights + r * kBlock);
+    float* acc = rows.acc + i * v_padded;
+    int c = 0;
+    for (; c + kBlock <= v_padded; c += kBlock)
+      Absorb<kVectors>(weights, values + c, v_padded, factor, acc + c);
+    for (; c < v_padded; c += kLanes)
+      Absorb<1>(weights, values + c, v_padded, factor, acc + c);
+  }
+
+  // Rows in zeroed memory of `RoomFor(count)` floats and as many states and masks.
+  Rows Place(int count, float* memory, Row* state, Mask* masks) const {
+    const int padded = RoundUp(count, kRows);
+    return {count, padded, memory, memory + padded * k_padded, state, masks};
+  }
+  int64_t RoomFor(int count) const { return RoundUp(count, kRows) * (k_padded + v_padded); }
+
+  void Gather(const Member& member, int head, const Rows& rows, int at) const {
+    const int len = lens[member.seq];
+    for (int i = 0; i < member.tokens * group; ++i) {
+      const int64_t t = member.first + i / group;
+      rows.state[at + i] = {t, std::max(lo[t], 0), std::min(hi[t], len), len};
+      const float* from = q + (t * kv_heads * group + head * group + i % group) * k_width;
+      float* to = rows.queries + (at + i) * k_padded;
+      for (int d = 0; d < k_width; ++d) to[d] = from[d] * scale;
+    }
+  }
+
+  void Run(const Tile& tile) const {
+    int count = 0, most = 0;
+    for (int m = 0; m < tile.num_members; ++m) {
+      const int rows = static_cast<int>(tile.members[m].tokens * group);
+      count += rows;
+      if (tile.num_members > 1) most = std::max(most, rows);
+    }
+    const int64_t padded = RoundUp(count, kRows) + RoundUp(most, kRows);
+    thread_local std::vector<float> memory, block;
+    thread_local std::vector<Row> state;
+    thread_local std::vector<Mask> masks;
+    memory.assign(RoomFor(count) + RoomFor(most), 0.0f);
+    block.resize(size_t(kBlock) * (k_padded + v_padded));
+    state.assign(padded, Row{0, 0, 0, 0});
+    masks.resize(padded);
+
+    const Rows all = Place(count, memory.data(), state.data(), masks.data());
+    for (int m = 0, at = 0; m < tile.num_members; ++m) {
+      Gather(tile.members[m], tile.head, all, at);
+      at += tile.members[m].tokens * group;
+    }
+    if (tile.shared > 0) Walk(all, tile.members[0].seq, tile.head, 0, tile.shared, block.data());
+    if (tile.num_members == 1) return Rest(tile, tile.members[0], all, block.data());
+    for (int m = 0, at = 0; m < tile.num_members; ++m) {
+      const int rows = static_cast<int>(tile.members[m].tokens * group);
+      const Rows own = Place(rows, memory.data() + RoomFor(count), state.data() + all.padded,
+                             masks.data() + all.padded);
+      // Apart, and not beside the others' rows: what only this sequence sees must not meet them.
+      std::copy_n(all.queries + at * k_padded, rows * k_padded, own.queries);
+      std::copy_n(all.acc + at * v_padded, rows * v_padded, own.acc);
+      std::copy_n(all.state + at, rows, own.state);
+      for (int i = rows; i < own.padded; ++i) {
+        own.state[i] = Row{0, 0, 0, 0};
+        std::fill_n(own.acc + i * v_padded, v_padded, 0.0f);
+      }
+      Rest(tile, tile.members[m], own, block.data());
+      at += rows;
+    }
+  }
+
+  // What a member does not share, and its results.
+  void Rest(const Tile& tile, const Member& member, const Rows& rows, float* block) const {
+    Walk(rows, member.seq, tile.head, tile.shared, std::max(tile.shared, lens[member.seq]), block);
+    for (int i = 0; i < rows.count; ++i)
+      Finish(rows.state[i], tile.head, i % group, rows.acc + i * v_padded);
+  }
+
+  void Finish(const Row& row, int kv_head, int64_t g, const float* acc) const {
+    const int64_t head = kv_head * group + g, at = row.token * kv_heads * group + head;
     float top = row.top, normaliser = row.normaliser, factor = 1;
     if (has_sinks) {
       top = std::max(top, sinks[head]);
@@ -394,7 +524,8 @@ ffi::Error PagedAttention(
     a.soft_cap = soft_cap;
     a.has_sinks = sinks.element_count() > 0;
     a.ZeroPadding();
-    const std::vector<Tile> tiles = a.Tiles();
+    const std::vector<Group> groups = a.Groups();
+    const std::vector<Tile> tiles = a.Tiles(groups, pool.num_threads());
     Parallel(pool, tiles.size(), [&a, &tiles](int64_t i) { a.Run(tiles[i]); });
     return ffi::Error::Success();
   };
