@@ -1,15 +1,17 @@
-"""How far two outcomes are apart: distributions, tokens, sets, orders. All in float64."""
+"""How far two outcomes are apart: distributions, tokens, sets, orders. All in float64.
+
+Logits are [*rows, vocab]; what is ranked is one row of finite numbers.
+"""
 
 from collections.abc import Sequence, Set
 
 import numpy as np
-from jaxtyping import Float
 from numpy.typing import ArrayLike, NDArray
 
 Array = NDArray[np.float64]
 
 
-def log_softmax(logits: Float[ArrayLike, "*rows vocab"]) -> Array:
+def log_softmax(logits: ArrayLike) -> Array:
     """Natural log-probabilities per row; -inf is a token that cannot come."""
     rows = np.asarray(logits, np.float64)
     top = rows.max(axis=-1, keepdims=True)
@@ -19,9 +21,7 @@ def log_softmax(logits: Float[ArrayLike, "*rows vocab"]) -> Array:
     return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
 
 
-def kl_divergence(
-    reference: Float[ArrayLike, "*rows vocab"], other: Float[ArrayLike, "*rows vocab"]
-) -> Array:
+def kl_divergence(reference: ArrayLike, other: ArrayLike) -> Array:
     """KL(softmax(reference) || softmax(other)) per row, in nats; never negative.
 
     inf where `other` excludes a token that `reference` may draw.
@@ -35,9 +35,7 @@ def kl_divergence(
     return np.maximum(terms.sum(axis=-1), 0.0)  # equal rows may sum to minus an ulp
 
 
-def same_top(
-    reference: Float[ArrayLike, "*rows vocab"], other: Float[ArrayLike, "*rows vocab"]
-) -> NDArray[np.bool_]:
+def same_top(reference: ArrayLike, other: ArrayLike) -> NDArray[np.bool_]:
     """Whether both rows have their maximum at the same token (the first, if it is shared)."""
     return np.argmax(np.asarray(reference), axis=-1) == np.argmax(np.asarray(other), axis=-1)
 
@@ -62,7 +60,7 @@ def jaccard_by_chance(share: float) -> float:
     return share / (2 - share)
 
 
-def ranks(values: Float[ArrayLike, " n"]) -> Array:
+def ranks(values: ArrayLike) -> Array:
     """Ranks from 1; equal values share the mean of theirs."""
     row = _finite(values)
     below = (row[None, :] < row[:, None]).sum(axis=1)
@@ -70,14 +68,14 @@ def ranks(values: Float[ArrayLike, " n"]) -> Array:
     return below + (equal + 1) / 2
 
 
-def spearman(a: Float[ArrayLike, " n"], b: Float[ArrayLike, " n"]) -> float:
+def spearman(a: ArrayLike, b: ArrayLike) -> float:
     """Spearman's rank correlation, ties by mean ranks; nan if either is constant."""
     rank_a, rank_b = ranks(a), ranks(b)
     _same_length(rank_a, rank_b)
     return _correlation(rank_a - rank_a.mean(), rank_b - rank_b.mean())
 
 
-def kendall_tau(a: Float[ArrayLike, " n"], b: Float[ArrayLike, " n"]) -> float:
+def kendall_tau(a: ArrayLike, b: ArrayLike) -> float:
     """Kendall's tau-b: concordant less discordant pairs, ties set apart; nan if one is constant."""
     row_a, row_b = _finite(a), _finite(b)
     _same_length(row_a, row_b)

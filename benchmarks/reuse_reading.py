@@ -53,7 +53,12 @@ class Reading:
                 raise ValueError(f"{name} must be finite and not negative, got {value}")
         if not self.kv_deviation:
             raise ValueError("kv_deviation must have a number per layer, got none")
-        numbers = (*self.kv_deviation, self.prefill_s, *self.extra.values())
+        numbers = (
+            *self.kv_deviation,
+            self.prefill_s,
+            self.gold_logprob or 0.0,
+            *self.extra.values(),
+        )
         if not all(map(math.isfinite, numbers)):
             raise ValueError("a reading holds a number that is not finite")
         if not 0 <= self.computed_layer_tokens <= self.total_layer_tokens:

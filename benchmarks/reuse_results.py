@@ -8,7 +8,7 @@ import dataclasses
 import fcntl
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -17,7 +17,7 @@ from kvjax.benchmarks.corpora import Generation
 from kvjax.benchmarks.reuse_reading import Reading
 
 VERSION = 1
-SETTINGS = ("corpora", "split", "size", "seed", "items", "about")  # of a run; resuming keeps them
+SETTINGS = ("split", "size", "seed", "about")  # of a run; a resumed one must have the same
 Key = tuple[str, str, str]  # corpus, item, method
 
 
@@ -33,6 +33,15 @@ class Results:
     def of(self, corpus: str, method: str) -> dict[str, Reading]:
         """Readings by item."""
         return {i: r for (c, i, m), r in self.readings.items() if (c, m) == (corpus, method)}
+
+    def paired(
+        self, corpus: str, columns: Sequence[tuple[str, Callable[[Reading], float]]]
+    ) -> list[list[float]] | None:
+        """A row per (method, metric), all over the items that every method has; None for none."""
+        found = [self.of(corpus, method) for method, _ in columns]
+        items = [item for item in found[0] if all(item in readings for readings in found)]
+        rows = zip(found, columns, strict=True)
+        return [[of(readings[i]) for i in items] for readings, (_, of) in rows] if items else None
 
     @property
     def corpora(self) -> list[str]:

@@ -12,23 +12,23 @@ from kvjax.benchmarks.corpora.item import NUM_WARM_UP, SIZES, Corpus, Item, Pass
 SYSTEM = "These tables belong to one database. Write joins for it."
 NUM_DATABASES, NUM_TABLES = 8, 10
 
-TABLES = (
+TABLES: tuple[str, ...] = (
     "boats", "owners", "harbours", "permits", "voyages", "cargo", "crews", "repairs", "storms",
     "insurers", "libraries", "books", "readers", "loans", "shelves", "authors", "printers", "fines",
     "branches", "editions", "farms", "fields", "tractors", "crops", "buyers", "invoices", "barns",
     "seeds", "weather", "markets", "clinics", "doctors", "patients", "visits", "wards", "drugs",
     "labs", "samples", "nurses", "bills",
 )  # fmt: skip
-KEYS = (
+KEYS: tuple[str, ...] = (
     "serial", "ticket", "folio", "badge", "tag", "docket", "register", "stamp", "cipher", "label",
     "index", "mark", "handle", "slot", "code", "number", "token", "letter", "rank", "entry",
 )  # fmt: skip
-LINKS = (
+LINKS: tuple[str, ...] = (
     "kept_by", "part_of", "issued_at", "stored_in", "listed_under", "paid_by", "sent_to",
     "made_for", "led_by", "owned_by", "moved_to", "signed_by", "held_at", "taken_from", "lent_to",
     "checked_by", "sold_to", "given_by", "bound_for", "named_after",
 )  # fmt: skip
-COLUMNS = (
+COLUMNS: tuple[str, ...] = (
     "name TEXT", "opened DATE", "weight REAL", "height REAL", "notes TEXT", "colour TEXT",
     "price REAL", "closed DATE", "status TEXT", "city TEXT", "country TEXT", "rating INTEGER",
     "phone TEXT", "email TEXT", "length REAL", "width REAL", "created DATE", "kind TEXT",
