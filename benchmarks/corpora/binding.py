@@ -1,36 +1,29 @@
-"""C2, binding: one passage says what a word stands for, a later one uses the word.
+"""C2, binding: a passage says whom the next one is about; that one alone does not.
 
-Asking by what it stands for needs both, and the later passage's own KV needs the earlier one: it is
-what reuse loses. Every passage that uses words meets three that define them, each another way, so
-that its KV, stored once, is right for one at most. A topic has three definitions and two uses; the
-definition always comes first.
+Two such pairs stand in a prompt, and the question names one person: which number is hers shows only
+in what the second passage of a pair took over from the first. It is what reuse loses, since a
+passage is stored without its neighbours. The same second passage follows other first ones in other
+prompts, so that its KV, stored once, is right for one of them at most.
 """
 
 import dataclasses
-import itertools
 import random
-from collections.abc import Sequence
 
 from kvjax.benchmarks.corpora import prose, words
 from kvjax.benchmarks.corpora.binding_templates import TEMPLATES, Template
 from kvjax.benchmarks.corpora.item import NUM_WARM_UP, SIZES, Corpus, Item, Passage, halves
 
-SYSTEM = "Answer from the notes below. Earlier notes explain words of later ones."
-NUM_TOPICS, NUM_WORDS, NUM_USES = 16, 3, 2
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class _Use:
-    passage: Passage
-    numbers: tuple[str, ...]  # by alias
+SYSTEM = "Answer from the notes below."
+NUM_TOPICS, PER_TOPIC = 10, 4  # each topic has as many people as facts
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Topic:
     template: Template
-    meanings: tuple[str, ...]
-    definitions: tuple[Passage, ...]  # number d gives alias a the meaning (a + d) % NUM_WORDS
-    uses: tuple[_Use, ...]
+    people: tuple[str, ...]
+    definitions: tuple[Passage, ...]  # by person
+    numbers: tuple[str, ...]
+    uses: tuple[Passage, ...]  # by number
 
 
 def build(split: str, size: str, seed: int) -> Corpus:
@@ -38,98 +31,79 @@ def build(split: str, size: str, seed: int) -> Corpus:
     shape = SIZES[size]
     rng = random.Random(f"binding {split} {size} {seed}")
     topics = _topics(rng, split, shape.words)
-    cases = list(itertools.product(topics, range(NUM_WORDS), range(NUM_USES), range(NUM_WORDS)))
-    rng.shuffle(cases)
     items: list[Item] = []
-    for topic, definition, use, alias in cases[: shape.items + NUM_WARM_UP]:
-        others = [
-            p
-            for other in topics
-            if other is not topic
-            for p in (rng.choice(other.definitions), rng.choice(other.uses).passage)
-        ]
-        rest = rng.sample(others, rng.randint(*shape.num_passages) - 2)
-        needed = [topic.definitions[definition], topic.uses[use].passage]
-        items.append(_item(rng, split, len(items), topic, definition, use, alias, needed, rest))
+    asked: set[tuple[str, ...]] = set()
+    while len(items) < shape.items + NUM_WARM_UP:
+        topic = topics[len(items) % NUM_TOPICS]
+        item = _item(rng, f"binding-{split}-{len(items)}", topic, topics, shape.num_passages)
+        key = (item.question, *(passage.id for passage in item.passages))
+        if key not in asked:
+            asked.add(key)
+            items.append(item)
     return Corpus("binding", tuple(items[: shape.items]), tuple(items[shape.items :]))
 
 
 def _item(
     rng: random.Random,
-    split: str,
-    number: int,
+    name: str,
     topic: _Topic,
-    definition: int,
-    use: int,
-    alias: int,
-    needed: Sequence[Passage],
-    rest: Sequence[Passage],
+    topics: list[_Topic],
+    num_passages: tuple[int, int],
 ) -> Item:
-    first, second = sorted(rng.sample(range(len(rest) + 2), 2))
-    passages = list(rest)
-    passages.insert(first, needed[0])
-    passages.insert(second, needed[1])
-    template = topic.template
-    meaning = topic.meanings[(alias + definition) % NUM_WORDS]
+    """Two pairs of the topic among passages of topics with other templates."""
+    people, numbers = (rng.sample(range(PER_TOPIC), 2) for _ in range(2))
+    pairs = [
+        [topic.definitions[person], topic.uses[number]]
+        for person, number in zip(people, numbers, strict=True)
+    ]
+    others = [p for t in topics if t.template != topic.template for p in (*t.definitions, *t.uses)]
+    rest = [[passage] for passage in rng.sample(others, rng.randint(*num_passages) - 4)]
+    blocks = [*pairs, *rest]
+    rng.shuffle(blocks)
+    passages = [passage for block in blocks for passage in block]
+    first = passages.index(pairs[0][0])
+    template, person = topic.template, topic.people[people[0]]
     return Item(
-        id=f"binding-{split}-{number}",
+        id=name,
         corpus="binding",
         template=template.name,
         system=SYSTEM,
         passages=tuple(passages),
-        question=template.question.format(meaning=meaning),
-        lead=_filled(template.lead, meaning=meaning),
-        answers=(topic.uses[use].numbers[alias],),
-        needs=(first, second),
+        question=template.question.format(person=person),
+        lead=template.lead.format(person=person),
+        answers=(topic.numbers[numbers[0]],),
+        needs=(first, first + 1),
     )
 
 
 def _topics(rng: random.Random, split: str, num_words: tuple[int, int]) -> list[_Topic]:
     templates = TEMPLATES[halves(split)]
-    people, numbers = _people(rng, split), words.Numbers(rng)
+    people, numbers = words.people(rng, split, NUM_TOPICS, PER_TOPIC), words.Numbers(rng)
     topics: list[_Topic] = []
     for at in range(NUM_TOPICS):
-        template, turn = templates[at % len(templates)], at // len(templates)
-        aliases = template.aliases[turn * NUM_WORDS :][:NUM_WORDS]
-        meanings = template.meanings[turn * NUM_WORDS :][:NUM_WORDS] or people[at]
-        definitions = tuple(
-            Passage(
-                f"binding-{split}-{at}.define{shift}",
-                _text(rng, split, num_words, template.define, [
-                    {"alias": alias, "meaning": meanings[(a + shift) % NUM_WORDS]}
-                    for a, alias in enumerate(aliases)
-                ]),
-            )
-            for shift in range(NUM_WORDS)
-        )  # fmt: skip
-        uses: list[_Use] = []
-        for use in range(NUM_USES):
-            values = tuple(numbers.take(NUM_WORDS))
-            facts = [{"alias": a, "number": n} for a, n in zip(aliases, values, strict=True)]
-            text = _text(rng, split, num_words, template.use, facts)
-            uses.append(_Use(Passage(f"binding-{split}-{at}.use{use}", text), values))
-        topics.append(_Topic(template, meanings, definitions, tuple(uses)))
+        template, taken = templates[at % len(templates)], numbers.take(PER_TOPIC)
+        definitions = [
+            f"{_filler(rng, split, num_words)} {template.define.format(person=person)}"
+            for person in people[at]
+        ]
+        uses = [
+            f"{template.use.format(number=number)} {_filler(rng, split, num_words)}"
+            for number in taken
+        ]
+        topic = _Topic(
+            template,
+            tuple(people[at]),
+            _passages(f"binding-{split}-{at}.define", definitions),
+            tuple(taken),
+            _passages(f"binding-{split}-{at}.use", uses),
+        )
+        topics.append(topic)
     return topics
 
 
-def _people(rng: random.Random, split: str) -> list[tuple[str, ...]]:
-    """Names per topic. Two topics share a draw: there are more topics than last names."""
-    drawn = words.people(rng, split, -(-NUM_TOPICS // 2), 2 * NUM_WORDS)
-    return [tuple(group[half::2]) for group in drawn for half in range(2)]
+def _passages(name: str, texts: list[str]) -> tuple[Passage, ...]:
+    return tuple(Passage(f"{name}{at}", f"{text}\n") for at, text in enumerate(texts))
 
 
-def _text(
-    rng: random.Random,
-    split: str,
-    num_words: tuple[int, int],
-    pattern: str,
-    facts: list[dict[str, str]],
-) -> str:
-    sentences = [_filled(pattern, **fact) for fact in facts]
-    rng.shuffle(sentences)
-    return prose.passage(rng, split, sentences, rng.randint(*num_words))
-
-
-def _filled(pattern: str, **words: str) -> str:
-    text = pattern.format(**words)
-    return text[0].upper() + text[1:]
+def _filler(rng: random.Random, split: str, num_words: tuple[int, int]) -> str:
+    return prose.filler(rng, split, rng.randint(*num_words))

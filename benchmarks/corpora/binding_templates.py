@@ -1,117 +1,74 @@
-"""How C2 binds: sentences that define a word, sentences that use it, and the question."""
+"""How C2 binds: a sentence that says who the next passage is about, and that passage's fact."""
 
 import dataclasses
-
-from kvjax.benchmarks.corpora import words
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Template:
-    """`define` ties alias to meaning, `use` ties alias to number; the question has the meaning.
-
-    Four topics of three aliases share a template.
-    """
+    """`define` ends a passage, `use` starts the next; the question names the person."""
 
     name: str
     define: str
     use: str
     question: str
     lead: str
-    aliases: tuple[str, ...]
-    meanings: tuple[str, ...] = ()  # empty: people
-
-
-def _all(pattern: str, names: str) -> tuple[str, ...]:
-    return tuple(pattern.format(name) for name in names.split())
 
 
 TEMPLATES = (  # even ones tune, odd ones are held out
     Template(
         name="keeper",
-        define="In the notes below, {alias} is {meaning}.",
-        use="The key of {alias} opens locker {number}.",
-        question="Which locker does the key of {meaning} open?",
-        lead="The key of {meaning} opens locker ",
-        aliases=_all(
-            "the {}",
-            "Keeper Warden Steward Herald Bursar Provost Sexton Usher Beadle Almoner Chancellor "
-            "Marshal",
-        ),
+        define="In the next note, the Keeper is {person}.",
+        use="The Keeper has locker {number}.",
+        question="Which locker does {person} have?",
+        lead="{person} has locker ",
     ),
     Template(
         name="captain",
-        define="Throughout this log, {alias} means {meaning}.",
-        use="{alias} sleeps in cabin {number}.",
-        question="In which cabin does {meaning} sleep?",
-        lead="{meaning} sleeps in cabin ",
-        aliases=_all(
-            "the {}",
-            "Captain Bosun Purser Mate Gunner Surgeon Carpenter Cooper Cook Lookout Helmsman "
-            "Stoker",
-        ),
+        define="In the next log, the Captain is {person}.",
+        use="The Captain sleeps in cabin {number}.",
+        question="In which cabin does {person} sleep?",
+        lead="{person} sleeps in cabin ",
     ),
     Template(
-        name="town",
-        define="In this report, {alias} stands for {meaning}.",
-        use="The ferry to {alias} leaves from pier {number}.",
-        question="From which pier does the ferry to {meaning} leave?",
-        lead="The ferry to {meaning} leaves from pier ",
-        aliases=_all(
-            "Point {}", "Alpha Bravo Delta Echo Foxtrot Golf Kilo Lima Oscar Sierra Tango Victor"
-        ),
-        meanings=words.TOWNS[::2],
+        name="badge",
+        define="The next note is about {person}.",
+        use="The badge number is {number}.",
+        question="What is the badge number of {person}?",
+        lead="The badge number of {person} is ",
     ),
     Template(
-        name="order",
-        define="In the order book, {alias} stands for the {meaning}.",
-        use="The price of {alias} is {number}.",
-        question="What is the price of the {meaning}?",
-        lead="The price of the {meaning} is ",
-        aliases=_all("item {}", "Q Z K X J V W H R Y N U"),
-        meanings=words.INSTRUMENTS[:12],
+        name="card",
+        define="The next card belongs to {person}.",
+        use="The card number is {number}.",
+        question="What is the card number of {person}?",
+        lead="The card number of {person} is ",
     ),
     Template(
-        name="agent",
-        define="The agent called {alias} is {meaning}.",
-        use="{alias} travels with passport {number}.",
-        question="With which passport does {meaning} travel?",
-        lead="{meaning} travels with passport ",
-        aliases=_all(
-            "{}", "Falcon Badger Otter Raven Panther Cobra Heron Lynx Moose Walrus Gecko Bison"
-        ),
+        name="desk",
+        define="{person} writes the next note.",
+        use="My desk is in room {number}.",
+        question="In which room is the desk of {person}?",
+        lead="The desk of {person} is in room ",
     ),
     Template(
-        name="actor",
-        define="In the play, {alias} is {meaning}.",
-        use="{alias} waits in dressing room {number}.",
-        question="In which dressing room does {meaning} wait?",
-        lead="{meaning} waits in dressing room ",
-        aliases=_all(
-            "the {}",
-            "King Queen Prince Fool Witch Ghost Soldier Nurse Hermit Knight Beggar Wizard",
-        ),
+        name="letter",
+        define="{person} signs the next letter.",
+        use="My house has the number {number}.",
+        question="Which number does the house of {person} have?",
+        lead="The house of {person} has the number ",
+    ),
+    Template(
+        name="extension",
+        define="Name: {person}.",
+        use="Extension: {number}.",
+        question="What is the extension of {person}?",
+        lead="Name: {person}. Extension: ",
     ),
     Template(
         name="guest",
-        define="At this table, {alias} is {meaning}.",
-        use="{alias} sits in chair {number}.",
-        question="In which chair does {meaning} sit?",
-        lead="{meaning} sits in chair ",
-        aliases=_all(
-            "the {}",
-            "Baron Duke Count Admiral Colonel Bishop Mayor Senator Doctor Lawyer Banker Poet",
-        ),
-    ),
-    Template(
-        name="smith",
-        define="On this farm, {alias} is {meaning}.",
-        use="{alias} lives in house {number}.",
-        question="In which house does {meaning} live?",
-        lead="{meaning} lives in house ",
-        aliases=_all(
-            "the {}",
-            "Smith Shepherd Miller Tanner Weaver Potter Saddler Thatcher Brewer Farrier Sawyer "
-            "Beekeeper",
-        ),
+        define="Guest: {person}.",
+        use="Room: {number}.",
+        question="Which room does the guest {person} have?",
+        lead="Guest: {person}. Room: ",
     ),
 )

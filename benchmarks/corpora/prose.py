@@ -35,14 +35,23 @@ def sentence(rng: random.Random, split: str) -> str:
     return " ".join(words) + "."
 
 
+def filler(rng: random.Random, split: str, num_words: int) -> str:
+    """Sentences of `num_words` in all, or up to 12 more."""
+    return " ".join(_sentences(rng, split, num_words))
+
+
 def passage(rng: random.Random, split: str, facts: list[str], num_words: int) -> str:
     """Filler of about `num_words` in all, with the facts at random places in their order."""
-    missing = num_words - sum(len(fact.split()) for fact in facts)
-    filler: list[str] = []
-    while missing > 0:
-        filler.append(sentence(rng, split))
-        missing -= len(filler[-1].split())
-    places = sorted(rng.randrange(len(filler) + 1) for _ in facts)
+    found = _sentences(rng, split, num_words - sum(len(fact.split()) for fact in facts))
+    places = sorted(rng.randrange(len(found) + 1) for _ in facts)
     for place, fact in reversed(list(zip(places, facts, strict=True))):
-        filler.insert(place, fact)
-    return " ".join(filler) + "\n"
+        found.insert(place, fact)
+    return " ".join(found) + "\n"
+
+
+def _sentences(rng: random.Random, split: str, num_words: int) -> list[str]:
+    found: list[str] = []
+    while num_words > 0:
+        found.append(sentence(rng, split))
+        num_words -= len(found[-1].split())
+    return found
