@@ -10,8 +10,8 @@ from kvjax.benchmarks.reuse_results import Results
 
 HEADINGS = (
     "method", "KL_1 (nats)", "KL_ans (nats)", "recovery (%)", "Top1 (%)", "EM_rel (%)",
-    "KVdev mid layer", "recomputed layer-tokens (%)", "stored bytes/token", "copied tokens",
-    "prefill (ms)",
+    "KVdev mid layer", "recomputed layer-tokens (%)", "stored bytes/token",
+    "gold answer, Δlogp", "copied tokens", "prefill (ms)",
 )  # fmt: skip
 CONTROLS = ("full", "prefix", "naive_no_rotation", "naive", "block_mask", "random", "oracle")
 EQUAL_BUDGET = 0.1  # shares of layer-tokens that may lie between a method and its random control
@@ -51,7 +51,9 @@ def corpus_blocks(results: Results, corpus: str) -> list[str]:
     count = len({item for c, item, _ in results.readings if c == corpus})
     against = {a.method: a for m in methods if (a := against_random(results, corpus, m))}
     title = corpora.CORPORA[corpus].title if corpus in corpora.CORPORA else corpus
-    blocks = [f"### {title}: {count} items"]
+    full = results.of(corpus, "full").values()
+    solved = f", full prefill solves {sum(bool(r.solved) for r in full)} of {len(full)}"
+    blocks = [f"### {title}: {count} items{solved if full else ''}"]
     lines = [_line(HEADINGS), _line(["---"] + ["---:"] * (len(HEADINGS) - 1))]
     for method in methods:
         name = reuse_methods.title(method)
@@ -84,6 +86,7 @@ def cells(results: Results, corpus: str, method: str) -> list[str]:
         mean(lambda r: r.kv_middle).text(4),
         f"{100 * mean(lambda r: r.computed_share).value:.1f}",
         f"{mean(lambda r: r.stored_bytes_per_token).value:,.0f}",
+        gold_loss(results, corpus, method).text(3),
         f"{mean(lambda r: r.copied_tokens).value:.0f}",
         mean(lambda r: r.prefill_s).text(1, 1000),
     ]
@@ -104,6 +107,15 @@ def solved_again(results: Results, corpus: str, method: str) -> Interval:
         if item in full and full[item].solved
     ]
     return intervals.mean(again) if again else _UNDEFINED
+
+
+def gold_loss(results: Results, corpus: str, method: str) -> Interval:
+    """Mean log-probability of the gold answer less that under full prefill, in nats."""
+    full = {i: r.gold_logprob for i, r in results.of(corpus, "full").items()}
+    mine = {i: r.gold_logprob for i, r in results.of(corpus, method).items()}
+    pairs = [(value, full.get(item)) for item, value in mine.items()]
+    losses = [a - b for a, b in pairs if a is not None and b is not None]
+    return intervals.mean(losses) if losses else _UNDEFINED
 
 
 def against_random(results: Results, corpus: str, method: str) -> AgainstRandom | None:

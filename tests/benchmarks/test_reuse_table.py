@@ -54,7 +54,7 @@ def test_cells_are_means_with_their_intervals():
     assert cells[1].startswith("1.0000 [")
     assert cells[2] == "50.0"  # every item at half: an interval of no width
     assert cells[3].startswith("50.0 [")
-    assert cells[5:] == ["0.1000", "20.0", "23,040", "90", "250.0"]
+    assert cells[5:] == ["0.1000", "20.0", "23,040", "-", "90", "250.0"]
     assert rows["naive, re-rotated"][2] == "0.0"
 
 
@@ -69,6 +69,15 @@ def test_em_rel_is_undefined_where_full_prefill_solves_nothing():
     full = [reading(0, solved=None)] * 3
     rows, _ = table_rows(reuse_table.markdown(results(full=full, naive=NAIVE[:3])))
     assert rows["naive, re-rotated"][4] == "-"
+
+
+def test_the_gold_answer_is_compared_with_full_prefill_item_by_item():
+    full = [reading(0, gold_logprob=x) for x in (-1.0, -2.0, None)]
+    naive = [reading(1, gold_logprob=x) for x in (-1.5, -4.5, -3.0)]
+    found = results(full=full, naive=naive)
+    assert reuse_table.gold_loss(found, "lookup", "naive").value == -1.5
+    assert reuse_table.gold_loss(found, "lookup", "full").text(1) == "0.0"
+    assert "### C1, lookup: 3 items, full prefill solves 3 of 3" in reuse_table.markdown(found)
 
 
 def test_without_naive_there_is_no_recovery():
