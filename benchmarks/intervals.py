@@ -32,17 +32,19 @@ class Interval:
 
 
 @functools.lru_cache(maxsize=8)
-def resampled(num_items: int, resamples: int = RESAMPLES, seed: int = SEED) -> NDArray[np.int32]:
-    """Item numbers drawn with replacement [resamples, num_items]; the same for the same arguments.
+def resampled(num_items: int, resamples: int = RESAMPLES, seed: int = SEED) -> Array:
+    """How often each item is drawn, [resamples, num_items]: with replacement, `num_items` in all.
 
-    Do not write to it.
+    The same for the same arguments; do not write to it.
     """
     if num_items < 1 or resamples < 1:
         raise ValueError(f"expected items and resamples, got {num_items} and {resamples}")
     draws = np.random.default_rng(seed).integers(num_items, size=(resamples, num_items))
-    draws = draws.astype(np.int32)
-    draws.flags.writeable = False
-    return draws
+    draws += np.arange(resamples)[:, None] * num_items
+    counts = np.bincount(draws.ravel(), minlength=resamples * num_items)
+    counts = counts.reshape(resamples, num_items).astype(np.float64)
+    counts.flags.writeable = False
+    return counts
 
 
 def mean(values: Sequence[float], **how: int) -> Interval:
@@ -80,7 +82,7 @@ def statistic(
     different lengths, no items, or values that are not finite.
     """
     table = _table(rows)
-    means = table[:, resampled(table.shape[1], resamples, seed)].mean(axis=-1)
+    means = table @ resampled(table.shape[1], resamples, seed).T / table.shape[1]
     return _interval(of_means(*table.mean(axis=-1, keepdims=True)), of_means(*means))
 
 
@@ -89,8 +91,8 @@ def unpaired_difference(
 ) -> Interval:
     """mean(a) - mean(b) over different items, each resampled for itself."""
     row_a, row_b = _table([a])[0], _table([b])[0]
-    means_a = row_a[resampled(len(row_a), resamples, seed)].mean(axis=-1)
-    means_b = row_b[resampled(len(row_b), resamples, seed + 1)].mean(axis=-1)
+    means_a = resampled(len(row_a), resamples, seed) @ row_a / len(row_a)
+    means_b = resampled(len(row_b), resamples, seed + 1) @ row_b / len(row_b)
     return _interval(np.array([row_a.mean() - row_b.mean()]), means_a - means_b)
 
 

@@ -6,6 +6,7 @@ A line is written whole, right after its measurement, so that an interrupted run
 
 import dataclasses
 import fcntl
+import itertools
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,16 +24,25 @@ Key = tuple[str, str, str]  # corpus, item, method
 
 @dataclasses.dataclass
 class Results:
-    """Everything in a result file."""
+    """Everything in a result file. Readings are added, never replaced."""
 
     manifest: dict[str, Any]
     readings: dict[Key, Reading]
     errors: dict[Key, str]  # what failed and was not measured later
     generations: dict[str, Generation]  # prompt -> message, for corpora with messages of the model
 
+    def __post_init__(self) -> None:
+        self._groups: dict[tuple[str, str], dict[str, Reading]] = {}
+        self._num_grouped = 0
+
     def of(self, corpus: str, method: str) -> dict[str, Reading]:
         """Readings by item."""
-        return {i: r for (c, i, m), r in self.readings.items() if (c, m) == (corpus, method)}
+        for (c, item, m), reading in itertools.islice(
+            self.readings.items(), self._num_grouped, None
+        ):
+            self._groups.setdefault((c, m), {})[item] = reading
+        self._num_grouped = len(self.readings)
+        return self._groups.get((corpus, method), {})
 
     def paired(
         self, corpus: str, columns: Sequence[tuple[str, Callable[[Reading], float]]]

@@ -11,7 +11,7 @@ def by_hand(of, rows, resamples):
     """The same interval with loops: draw items, take means, sort, interpolate the quantiles."""
     count = len(rows[0])
     found = []
-    for draw in intervals.resampled(count, resamples, 0):
+    for draw in np.random.default_rng(0).integers(count, size=(resamples, count)):
         means = [sum(row[i] for i in draw) / count for row in rows]
         found.append(of(*means))
     found.sort()
