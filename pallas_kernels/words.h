@@ -38,12 +38,14 @@ struct BFloat16 {
     return (IntVec)_mm512_cvtne2ps_pbh(Load<__m512>(x + kLanes), Load<__m512>(x));
 #else
     const IntVec a = Rounded(Load(x)), b = Rounded(Load(x + kLanes));
-    const IntVec even = __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24,
-                                                26, 28, 30);
-    const IntVec odd = __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25,
-                                               27, 29, 31);
-    return even | odd << 16;
+    return Pairs(a, b, AllLanes());
 #endif
+  }
+
+  template <int... I>
+  static IntVec Pairs(IntVec a, IntVec b, std::integer_sequence<int, I...>) {
+    return __builtin_shufflevector(a, b, 2 * I...) | __builtin_shufflevector(a, b, 2 * I + 1 ...)
+                                                         << 16;
   }
 
   static IntVec Rounded(Vec x) {  // to nearest, ties to even

@@ -9,7 +9,7 @@
 #include <vector>
 
 #include "words.h"
-#ifdef __AVX512VNNI__
+#if defined(__AVX512VNNI__) || defined(__AVX2__)
 #include <immintrin.h>
 #endif
 
@@ -17,16 +17,17 @@ namespace {
 
 using namespace kvjax;
 
-constexpr int kVectors = 2;                // vectors across a panel
-constexpr int kWidth = kLanes * kVectors;  // output channels of a panel
-constexpr int kRows = 12;                  // rows of a register kernel: 24 sums
-constexpr int kBlocks = 6;                 // blocks of rows that meet a panel while it is in cache
-constexpr int kTasks = 16;                 // at least, where the weights have as many panels
-constexpr float kRounder = 12582912.0f;    // 1.5 * 2^23: adding it rounds to whole numbers
+constexpr int kWidth = 32;                 // output channels of a panel
+constexpr int kVectors = kWidth / kLanes;  // vectors across a panel
+// Rows of a register kernel: 24 sums of 32 registers with AVX-512 or on ARM, 12 of 16 with AVX.
+constexpr int kRows = kLanes == 16 ? 12 : 3;
+constexpr int kBlocks = 72 / kRows;      // blocks of rows that meet a panel while it is in cache
+constexpr int kTasks = 16;               // at least, where the weights have as many panels
+constexpr float kRounder = 12582912.0f;  // 1.5 * 2^23: adding it rounds to whole numbers
 
 typedef uint8_t ByteVec __attribute__((vector_size(kLanes)));
 
-// The kinds of weights: how sixteen words of a row of x are made, and one step of a chain. `scale` is
+// The kinds of weights: how a vector of words of a row of x are made, and one step of a chain. `scale` is
 // what the row was divided by: one, unless the words are integers.
 template <typename Kind>
 struct Floats : Kind {
@@ -65,6 +66,13 @@ struct Int8 {
   static Sum Step(Sum sum, Word x, const void* w) {
 #ifdef __AVX512VNNI__
     return (IntVec)_mm512_dpbusd_epi32((__m512i)sum, _mm512_set1_epi32(x), Load<__m512i>(w));
+#elif defined(__AVX2__) && !defined(__AVX512F__)
+    // As pairs of 16 bits: the products of bytes would not fit where they are added.
+    const __m256i bytes = Load<__m256i>(w);
+    const __m256i even = _mm256_srai_epi16(_mm256_slli_epi16(bytes, 8), 8);
+    const __m256i odd = _mm256_srai_epi16(bytes, 8);
+    return sum + (IntVec)_mm256_madd_epi16(even, _mm256_set1_epi32(x & 0x00ff00ff)) +
+           (IntVec)_mm256_madd_epi16(odd, _mm256_set1_epi32(x >> 8 & 0x00ff00ff));
 #else
     const IntVec bytes = Load<IntVec>(w);
     for (int i = 0; i < 4; ++i)

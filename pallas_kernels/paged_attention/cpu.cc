@@ -25,28 +25,34 @@ namespace {
 
 using namespace kvjax;
 
-constexpr int kRows = 6;       // rows in a register kernel: 24 sums
-constexpr int kTileRows = 96;  // rows of a tile, unless one token alone brings more
+// Rows, and vectors of keys or channels, in a register kernel: 24 sums of 32 registers with AVX-512,
+// 12 of 16 with AVX, 16 of 32 on ARM.
+constexpr int kRows = kLanes == 4 ? 4 : 6, kVectors = kLanes == 8 ? 2 : 4;
+constexpr int kWide = kVectors * kLanes;
+constexpr int kTileRows = 96;       // rows of a tile, unless one token alone brings more
 constexpr int kTilesPerThread = 2;  // at least, or threads would wait for each other
 constexpr float kInf = std::numeric_limits<float>::infinity();
 
-// The sum or the largest of the lanes, as a tree.
+// All lanes joined, as a tree.
+template <int S = kLanes / 2, typename Join, int... I>
+inline float Joined(Vec v, Join join, std::integer_sequence<int, I...> lanes) {
+  v = join(v, __builtin_shufflevector(v, v, (I ^ S)...));
+  if constexpr (S > 1) return Joined<S / 2>(v, join, lanes);
+  return v[0];
+}
+
 template <typename Join>
 inline float Joined(Vec v, Join join) {
-  v = join(v, __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7));
-  v = join(v, __builtin_shufflevector(v, v, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11));
-  v = join(v, __builtin_shufflevector(v, v, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13));
-  v = join(v, __builtin_shufflevector(v, v, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14));
-  return v[0];
+  return Joined(v, join, AllLanes());
 }
 
 inline Vec Larger(Vec a, Vec b) { return a > b ? a : b; }
 
-// The lowest sixteen bits of a mask, a lane each.
-inline IntVec Lanes(Mask mask) {
-  const IntVec bits = {1,      1 << 1, 1 << 2,  1 << 3,  1 << 4,  1 << 5,  1 << 6,  1 << 7,
-                       1 << 8, 1 << 9, 1 << 10, 1 << 11, 1 << 12, 1 << 13, 1 << 14, 1 << 15};
-  return (bits & (IntVec{} + static_cast<int32_t>(mask & 0xffff))) != 0;
+// The lowest bits of a mask, a lane each.
+template <int... I>
+inline IntVec Lanes(Mask mask, std::integer_sequence<int, I...>) {
+  const IntVec bits = {1 << I...};
+  return (bits & (IntVec{} + static_cast<int32_t>(mask & ((1 << kLanes) - 1)))) != 0;
 }
 
 // Calls `f` with the number `n` below or at N as a compile-time constant.
@@ -260,13 +266,14 @@ struct Attention {
   template <int R>
   void Weigh(Row* rows, const Mask* masks, const float* scores, Word* weights,
              float* factor) const {
-    Vec s[R][kVectors], before = {}, after = {};
+    constexpr int kBlockVectors = kBlock / kLanes;
+    Vec s[R][kBlockVectors], before = {}, after = {};
     for (int r = 0; r < R; ++r) {
       Vec highest = Splat(rows[r].top);
-      for (int v = 0; v < kVectors; ++v) {
+      for (int v = 0; v < kBlockVectors; ++v) {
         Vec x = Load(scores + r * kBlock + v * kLanes);
         if (soft_cap > 0) x = soft_cap * Tanh(x / soft_cap);
-        if (masks[r] != ~Mask{0}) x = Lanes(masks[r] >> (v * kLanes)) ? x : Splat(-kInf);
+        if (masks[r] != ~Mask{0}) x = Lanes(masks[r] >> (v * kLanes), AllLanes()) ? x : Splat(-kInf);
         highest = Larger(x, highest);
         s[r][v] = x;
       }
@@ -277,14 +284,14 @@ struct Attention {
     for (int r = 0; r < R; ++r) {
       float p[kBlock];
       Vec sum = {};
-      for (int v = 0; v < kVectors; ++v) {
+      for (int v = 0; v < kBlockVectors; ++v) {
         const Vec x = Exp(s[r][v] - base[r]);
         sum += x;
         Store(p + v * kLanes, x);
       }
       rows[r].normaliser = rows[r].normaliser * factors[r] + sum;
       factor[r] = factors[r];
-      for (int v = 0; v < kVectors; v += Kind::kPerWord)
+      for (int v = 0; v < kBlockVectors; v += Kind::kPerWord)
         Store(weights + r * kBlock + v / Kind::kPerWord * kLanes, Kind::Words(p + v * kLanes));
     }
   }
@@ -294,12 +301,15 @@ struct Attention {
   void Take(const Rows& rows, int vectors, const Word* keys, const Word* values) const {
     float scores[R * kBlock] = {}, factor[R];
     Word weights[R * kBlock];
-    WithConstant<kVectors>(vectors, [&](auto constant) {
-      Scores<Kind, R, constant>(rows.queries, k_words, keys, k_words, scores);
-    });
+    for (int v = 0; v < vectors; v += kVectors) {
+      WithConstant<kVectors>(vectors - v, [&](auto constant) {
+        Scores<Kind, R, constant>(rows.queries, k_words, keys + v * kLanes, k_words,
+                                  scores + v * kLanes);
+      });
+    }
     Weigh<R>(rows.state, rows.masks, scores, weights, factor);
     const int words = RoundUp(vectors, Kind::kPerWord) / Kind::kPerWord * kLanes;
-    for (int c = 0; c < v_padded; c += kBlock) {
+    for (int c = 0; c < v_padded; c += kWide) {
       WithConstant<kVectors>((v_padded - c) / kLanes, [&](auto constant) {
         Absorb<Kind, R, constant>(weights, values + c, words, v_padded, factor, rows.acc + c);
       });
@@ -337,7 +347,7 @@ struct Attention {
         Mask any = 0;
         for (int r = 0; r < some.count; ++r) any |= some.masks[r];
         if (any == 0) continue;
-        const int vectors = kVectors - __builtin_clzll(any) / kLanes;
+        const int vectors = (kBlock - 1 - __builtin_clzll(any)) / kLanes + 1;
         WithConstant<kRows>(some.count,
                             [&](auto n) { Take<decltype(n)::value>(some, vectors, keys, values); });
       }

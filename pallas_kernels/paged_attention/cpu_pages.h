@@ -11,8 +11,7 @@
 
 namespace kvjax {
 
-constexpr int kVectors = 4;                // vectors of keys, or channels, in a register kernel
-constexpr int kBlock = kLanes * kVectors;  // keys in a block: one bit each in a Mask
+constexpr int kBlock = 64;  // keys in a block: one bit each in a Mask
 
 using Mask = uint64_t;
 typedef uint16_t HalfVec __attribute__((vector_size(2 * kLanes)));
@@ -33,7 +32,7 @@ template <typename T>
 using KindOf = Float32;
 #endif
 
-// Sixteen numbers of a page, which holds float32, the bits of bfloat16 (uint16), int8 or the bits of
+// A vector of the numbers of a page, which holds float32, the bits of bfloat16 (uint16), int8 or the bits of
 // float8_e4m3fn (uint8), the last two without their scale.
 inline Vec PageNumbers(const float* p) { return Load(p); }
 
@@ -55,7 +54,7 @@ inline Vec PageNumbers(const uint8_t* p) {
   return (Vec)((IntVec)x | ((bits & 0x80) << 24));
 }
 
-// Swaps the off-diagonal halves of every 2*S x 2*S square; S = 8, 4, 2, 1 transpose 16 x 16.
+// Swaps the off-diagonal halves of every 2*S x 2*S square; all S from half the lanes to 1 transpose.
 template <int S, int... I>
 inline void Exchange(IntVec (&a)[kLanes], std::integer_sequence<int, I...>) {
   for (int i = 0; i < kLanes; ++i) {
@@ -67,11 +66,10 @@ inline void Exchange(IntVec (&a)[kLanes], std::integer_sequence<int, I...>) {
 }
 
 inline void Transpose(IntVec (&a)[kLanes]) {
-  const std::make_integer_sequence<int, kLanes> lanes;
-  Exchange<8>(a, lanes);
-  Exchange<4>(a, lanes);
-  Exchange<2>(a, lanes);
-  Exchange<1>(a, lanes);
+  if constexpr (kLanes > 8) Exchange<8>(a, AllLanes());
+  if constexpr (kLanes > 4) Exchange<4>(a, AllLanes());
+  Exchange<2>(a, AllLanes());
+  Exchange<1>(a, AllLanes());
 }
 
 // Where the keys and values of a block begin: null where no row of the tile looks.
@@ -81,7 +79,7 @@ struct Slots {
   float k_scale[kBlock], v_scale[kBlock];
 };
 
-// `count` numbers, sixteen at most, at `p`, with zeros behind them.
+// `count` numbers, a vector at most, at `p`, with zeros behind them.
 template <typename V, typename T>
 inline V Padded(const T* p, int count) {
   if (count >= static_cast<int>(sizeof(V) / sizeof(T))) return Load<V>(p);
@@ -90,7 +88,7 @@ inline V Padded(const T* p, int count) {
   return v;
 }
 
-// The words of sixteen channels, or pairs of them, from `first` on of one key.
+// A vector of words, of channels or pairs of them, from `first` on of one key.
 template <typename T>
 inline IntVec KeyWords(const T* row, int first, int width, float scale) {
   if (row == nullptr) return IntVec{};
