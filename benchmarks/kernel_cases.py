@@ -11,12 +11,16 @@ import numpy as np
 
 from kvjax.pallas_kernels import (
     LayerPages,
+    PackedPages,
+    Pages,
+    PackedPages,
     cascade_attention,
     copy_pages,
     paged_attention,
     rotary_shift,
     rotary_tables,
 )
+from kvjax.pallas_kernels.page_ops import packed_width
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,12 +50,14 @@ class Sizes:
     compared: tuple[int, int]  # batch and context where other implementations join
     copy_bytes: int
     matmul: int
+    packed: bool = False  # pages as a TPU keeps them
 
 
 GPU = Sizes(LLAMA3_8B, 64, (1, 4, 16, 64), (1024, 4096, 16384), (2048, 8192), (32, 16384, 128),
             16384, 65536, (8, 2048), 2**30, 8192)  # fmt: skip
 CPU = Sizes(SMOLLM2, 16, (1, 4, 16, 64), (1024, 4096, 16384), (512, 2048), (32, 16384, 128),
             16384, 16384, (8, 2048), 2**28, 2048)  # fmt: skip
+TPU = dataclasses.replace(GPU, packed=True)
 QUICK = {"batches": (1, 16), "contexts": (1024, 4096), "recompute": 4096}
 
 
@@ -122,14 +128,17 @@ def numbers(shape: tuple[int, ...], dtype: str, seed: int = 0) -> np.ndarray:
     return np.resize(cast, shape)
 
 
-def pools(heads: Heads, pages: int, page_size: int, dtype: str) -> LayerPages:
+def pools(sizes: Sizes, pages: int, dtype: str) -> Pages:
     """Pages full of numbers, bfloat16 as its bits, as the engine holds them."""
+    h = sizes.heads
 
-    def pool(seed: int) -> jax.Array:
-        x = numbers((pages, heads.kv, page_size, heads.width), dtype, seed)
+    def pool(seed: int, width: int) -> jax.Array:
+        x = numbers((pages, h.kv, sizes.page_size, width), dtype, seed)
         return jnp.asarray(x.view(np.uint16) if dtype == "bfloat16" else x)
 
-    return LayerPages(pool(1), pool(2))
+    if sizes.packed:
+        return PackedPages(pool(1, packed_width(h.width, h.width)), None)
+    return LayerPages(pool(1, h.width), pool(2, h.width))
 
 
 def item_size(dtype: str) -> int:
@@ -148,7 +157,7 @@ def tables(seqs: int, context: int, page_size: int, shared: int = 0) -> tuple[np
 
 def attend(
     sizes: Sizes, dtype: str, name: str, starts: np.ndarray, lens: np.ndarray, hi: np.ndarray,
-    table: np.ndarray, pages: LayerPages, max_query_len: int | None, keys: int, **group: Any,
+    table: np.ndarray, pages: Pages, max_query_len: int | None, keys: int, **group: Any,
 ) -> Subject:  # fmt: skip
     """A subject that calls `paged_attention`, or `cascade_attention` for a `group`.
 
@@ -187,7 +196,7 @@ def decode(sizes: Sizes, dtype: str, batch: int, context: int) -> Subject:
     ones = np.full(batch, context, np.int32)
     return attend(
         sizes, dtype, "kvjax", np.arange(batch + 1, dtype=np.int32), ones, ones, table,
-        pools(sizes.heads, used, sizes.page_size, dtype), 1, batch * context,
+        pools(sizes, used, dtype), 1, batch * context,
     )  # fmt: skip
 
 
@@ -208,7 +217,7 @@ def _rows(sizes: Sizes, dtype: str, name: str, context: int, rows: np.ndarray) -
     table, used = tables(1, context, sizes.page_size)
     return attend(
         sizes, dtype, name, np.array([0, len(rows)], np.int32), np.array([context], np.int32),
-        rows + 1, table, pools(sizes.heads, used, sizes.page_size, dtype), None, context,
+        rows + 1, table, pools(sizes, used, dtype), None, context,
     )  # fmt: skip
 
 
@@ -220,7 +229,7 @@ def shared_prefix(sizes: Sizes, dtype: str) -> list[Subject]:
     requests, prefix, suffix = sizes.cascade
     context = prefix + suffix
     table, used = tables(requests, context, sizes.page_size, prefix // sizes.page_size)
-    pages = pools(sizes.heads, used, sizes.page_size, dtype)
+    pages = pools(sizes, used, dtype)
     starts = np.arange(requests + 1, dtype=np.int32)
     lens = np.full(requests, context, np.int32)
     arguments = (starts, lens, lens, table, pages, 1)
@@ -237,7 +246,7 @@ def shift(sizes: Sizes, dtype: str) -> Subject:
     """Keys of whole pages rotated in place."""
     h, n = sizes.heads, sizes.moved
     used = n // sizes.page_size
-    pages = pools(h, used, sizes.page_size, dtype)
+    pages = pools(sizes, used, dtype)
     order = np.random.default_rng(3).permutation(used).astype(np.int32)
     slots = (order[:, None] * sizes.page_size + np.arange(sizes.page_size)).reshape(-1)
     frequencies = 10000.0 ** -(np.arange(h.width // 2) / (h.width // 2))
@@ -254,7 +263,7 @@ def shift(sizes: Sizes, dtype: str) -> Subject:
 def copy(sizes: Sizes, dtype: str) -> Subject:
     """Whole pages copied to others of the pool."""
     h, n = sizes.heads, sizes.moved // sizes.page_size
-    pages = pools(h, 2 * n, sizes.page_size, dtype)
+    pages = pools(sizes, 2 * n, dtype)
     order = np.random.default_rng(3).permutation(2 * n).astype(np.int32)
 
     def step(constants: Any, carry: Any) -> Any:

@@ -37,7 +37,7 @@ def run(args: argparse.Namespace) -> int:
 
     from kvjax.benchmarks import kernel_cases as cases
 
-    sizes = cases.CPU if jax.default_backend() == "cpu" else cases.GPU
+    sizes = {"cpu": cases.CPU, "tpu": cases.TPU}.get(jax.default_backend(), cases.GPU)
     if args.quick:
         sizes = dataclasses.replace(sizes, **cases.QUICK)
     if args.tune:

@@ -12,6 +12,11 @@
 #include <utility>
 
 #include "xla/ffi/api/ffi.h"
+#if defined(__AVX__)
+#include <immintrin.h>
+#elif defined(__ARM_NEON) && defined(__aarch64__)
+#include <arm_neon.h>
+#endif
 
 namespace kvjax {
 
@@ -42,7 +47,21 @@ inline void Store(void* p, V v) {
   std::memcpy(p, &v, sizeof v);
 }
 
-inline Vec Splat(float x) { return Vec{} + x; }
+inline Vec Splat(float x) { return x - Vec{}; }
+
+// a * b + c, rounded once where the processor can. The compiler is told to fuse nothing by itself: it
+// would here and not there, and a row's bits would depend on the rows beside it.
+inline Vec MultiplyAdd(Vec a, Vec b, Vec c) {
+#if defined(__AVX512F__)
+  return (Vec)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__AVX__) && defined(__FMA__)
+  return (Vec)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#elif defined(__ARM_NEON) && defined(__aarch64__)
+  return (Vec)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+#else
+  return a * b + c;
+#endif
+}
 
 // The first `count` numbers at `p`, a vector at most, with zeros behind them.
 inline Vec Numbers(const float* p, int64_t count) {
@@ -51,6 +70,8 @@ inline Vec Numbers(const float* p, int64_t count) {
   std::memcpy(&v, p, count * sizeof(float));
   return v;
 }
+
+inline int64_t CeilDiv(int64_t x, int64_t y) { return (x + y - 1) / y; }
 
 inline int64_t RoundUp(int64_t x, int64_t multiple) {
   return (x + multiple - 1) / multiple * multiple;
@@ -64,13 +85,9 @@ inline Vec Exp(Vec x) {
   const IntVec n = __builtin_convertvector(x - 0.5f, IntVec);  // rounds, since x <= 0
   const Vec r = x - __builtin_convertvector(n, Vec);
   Vec y = Splat(1.52527338e-5f);
-  y = y * r + 1.54035304e-4f;
-  y = y * r + 1.33335581e-3f;
-  y = y * r + 9.61812911e-3f;
-  y = y * r + 5.55041087e-2f;
-  y = y * r + 2.40226507e-1f;
-  y = y * r + 6.93147181e-1f;
-  y = y * r + 1.0f;
+  for (const float term : {1.54035304e-4f, 1.33335581e-3f, 9.61812911e-3f, 5.55041087e-2f,
+                           2.40226507e-1f, 6.93147181e-1f, 1.0f})
+    y = MultiplyAdd(y, r, Splat(term));
   y *= (Vec)((n + 127) << 23);
   return tiny ? Vec{} : y;
 }

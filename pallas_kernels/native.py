@@ -18,7 +18,7 @@ from pathlib import Path
 import jax
 
 COMPILERS = ("c++", "g++", "clang++")
-_FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-ffp-contract=fast", "-w",
+_FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-ffp-contract=off", "-w",
           "-fPIC", "-shared")  # fmt: skip
 _SECONDS = 120  # for one compilation
 _HEADERS = Path(__file__).parent  # what the sources include lies here or beside them

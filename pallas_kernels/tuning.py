@@ -5,10 +5,12 @@
 these files; none is needed.
 """
 
+import contextlib
 import functools
 import json
+import platform
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ import jax
 Sizes = dict[str, int]
 RULES: dict[str, Callable[..., Sizes]] = {}  # "operation/kernel" -> sizes from the facts of a call
 _override: dict[str, Sizes] = {}  # what `--tune` is trying just now
+_asked: dict[str, list[dict[str, int]]] = {}  # facts of the calls that `--tune` is looking at
 
 
 def rule(kernel: str) -> Callable[[Callable[..., Sizes]], Callable[..., Sizes]]:
@@ -31,6 +34,8 @@ def rule(kernel: str) -> Callable[[Callable[..., Sizes]], Callable[..., Sizes]]:
 
 def block_sizes(kernel: str, **facts: int) -> Sizes:
     """Sizes for one call of `kernel` ("operation/kernel"): tried, measured or from the rule."""
+    if facts not in (seen := _asked.get(kernel, [facts])):
+        seen.append(facts)
     sizes = RULES[kernel](**facts)
     operation, name = kernel.split("/")
     for known, better in _table(operation, _device_kind()).get(name, []):
@@ -44,6 +49,16 @@ def try_sizes(kernel: str, sizes: Mapping[str, int] | None) -> None:
     _override.pop(kernel, None)
     if sizes is not None:
         _override[kernel] = dict(sizes)
+
+
+@contextlib.contextmanager
+def asking(kernel: str) -> Iterator[list[dict[str, int]]]:
+    """Gives a list that gathers the facts for which sizes of `kernel` are asked, each once."""
+    _asked[kernel] = []
+    try:
+        yield _asked[kernel]
+    finally:
+        del _asked[kernel]
 
 
 def record(kernel: str, facts: Mapping[str, int], sizes: Mapping[str, int]) -> Path:
@@ -60,9 +75,23 @@ def record(kernel: str, facts: Mapping[str, int], sizes: Mapping[str, int]) -> P
 
 
 def _device_kind() -> str:
-    """The kind of device that a trace made now is for: a deviceless topology's, else our own."""
+    """The kind of device that a trace made now is for: a deviceless topology's, else our own.
+
+    A CPU's is its model: jax calls all of them "cpu".
+    """
     target = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
-    return target.device_kind if target is not None else jax.devices()[0].device_kind
+    kind = target.device_kind if target is not None else jax.devices()[0].device_kind
+    return f"cpu {_processor()}" if kind == "cpu" else kind
+
+
+@functools.cache
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.machine())
 
 
 @functools.cache

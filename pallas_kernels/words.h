@@ -5,9 +5,6 @@
 #define KVJAX_WORDS_H_
 
 #include "native.h"
-#ifdef __AVX512BF16__
-#include <immintrin.h>
-#endif
 
 namespace kvjax {
 
@@ -24,7 +21,7 @@ struct Float32 {
   static Sum Step(Sum sum, Word x, const void* w) {
     float f;
     std::memcpy(&f, &x, sizeof f);
-    return sum + f * Load(w);
+    return MultiplyAdd(Splat(f), Load(w), sum);
   }
 };
 
@@ -65,7 +62,7 @@ struct BFloat16 {
     const Word low_x = x << 16, high_x = x & 0xffff0000;
     std::memcpy(&x0, &low_x, sizeof x0);
     std::memcpy(&x1, &high_x, sizeof x1);
-    return sum + x0 * (Vec)low + x1 * (Vec)high;
+    return MultiplyAdd(Splat(x1), (Vec)high, MultiplyAdd(Splat(x0), (Vec)low, sum));
 #endif
   }
 };

@@ -9,9 +9,6 @@
 #include <vector>
 
 #include "words.h"
-#if defined(__AVX512VNNI__) || defined(__AVX2__)
-#include <immintrin.h>
-#endif
 
 namespace {
 

@@ -29,8 +29,8 @@ using namespace kvjax;
 // 12 of 16 with AVX, 16 of 32 on ARM.
 constexpr int kRows = kLanes == 4 ? 4 : 6, kVectors = kLanes == 8 ? 2 : 4;
 constexpr int kWide = kVectors * kLanes;
-constexpr int kTileRows = 96;       // rows of a tile, unless one token alone brings more
-constexpr int kTilesPerThread = 2;  // at least, or threads would wait for each other
+constexpr int kTilesPerThread = 2;  // at least, or threads would wait for each other,
+constexpr int64_t kFewRows = 24;    // but not of fewer rows: they pay for unpacking the keys
 constexpr float kInf = std::numeric_limits<float>::infinity();
 
 // All lanes joined, as a tree.
@@ -89,7 +89,7 @@ void Absorb(const Word* p, const Word* values, int words, int width, const float
   for (int r = 0; r < R; ++r) {
     for (int v = 0; v < V; ++v) {
       float* to = out + r * width + v * kLanes;
-      Store(to, Load(to) * scale[r] + sum[r][v]);
+      Store(to, MultiplyAdd(Load(to), Splat(scale[r]), sum[r][v]));
     }
   }
 }
@@ -143,6 +143,7 @@ struct Attention {
   int64_t tokens, seqs, kv_heads, group, page_size, table_width, tail_words;
   int k_width, v_width, v_stride;  // channels
   int k_words, v_padded;           // words of a key; channels of a value in whole vectors
+  int64_t tile_rows;               // at most, unless one token alone brings more
   float scale, soft_cap;
   bool has_sinks;
 
@@ -162,7 +163,7 @@ struct Attention {
       int common = Common(g.members[0].seq, member.seq);
       if (others > 1) common = std::min(common, g.shared);
       if (common == 0 || others * common < (others - 1) * g.shared) continue;
-      if (rows > kTileRows / 2) continue;  // its own rows pay for its keys
+      if (rows > tile_rows / 2) continue;  // its own rows pay for its keys
       g.members.push_back(member);
       g.shared = common;
       return;
@@ -170,19 +171,23 @@ struct Attention {
     groups.push_back({{member}});
   }
 
-  // A group becomes as many tiles as keep the threads busy, none of more than `kTileRows` rows
-  // unless one token alone brings more.
-  std::vector<Tile> Tiles(const std::vector<Group>& groups, int64_t threads) const {
-    const int64_t whole = std::max<int64_t>(1, groups.size() * kv_heads);
-    const int64_t parts = (kTilesPerThread * threads + whole - 1) / whole;
+  // Into how many tiles a group is cut, so that the threads are busy.
+  int64_t Parts(int64_t groups, int64_t threads) const {
+    const int64_t tiles = std::max<int64_t>(1, groups * kv_heads);
+    return CeilDiv(kTilesPerThread * threads, tiles);
+  }
+
+  // A group becomes `parts` tiles or more, none of more than `tile_rows` rows unless one token alone
+  // brings more.
+  std::vector<Tile> Tiles(const std::vector<Group>& groups, int64_t parts) const {
     std::vector<Tile> tiles;
     for (const Group& g : groups) {
-      const int64_t members = g.members.size(), most = (members + parts - 1) / parts;
+      const int64_t members = g.members.size(), most = CeilDiv(members, parts);
       for (int64_t i = 0; i < members;) {
         int64_t n = 0, rows = 0;
         while (n < most && i + n < members) {
           rows += g.members[i + n].tokens * group;
-          if (n > 0 && rows > kTileRows) break;
+          if (n > 0 && rows > tile_rows) break;
           ++n;
         }
         for (int h = 0; h < kv_heads; ++h)
@@ -193,9 +198,9 @@ struct Attention {
     return tiles;
   }
 
-  std::vector<Group> Groups() const {
+  std::vector<Group> Groups(int64_t threads) const {
     std::vector<Group> together, alone;
-    const int64_t size = std::max<int64_t>(1, kTileRows / group);
+    const int64_t size = std::max<int64_t>(1, tile_rows / group);
     for (int s = 0; s < seqs; ++s) {
       if (starts[s + 1] - starts[s] <= size && starts[s] < starts[s + 1]) {
         Join({s, starts[s], starts[s + 1] - starts[s]}, together);
@@ -204,8 +209,21 @@ struct Attention {
       for (int64_t t = starts[s]; t < starts[s + 1]; t += size)
         alone.push_back({{{s, t, std::min<int64_t>(size, starts[s + 1] - t)}}});
     }
-    alone.insert(alone.end(), together.begin(), together.end());
-    return alone;
+    const int64_t parts = Parts(alone.size() + together.size(), threads);
+    std::vector<Group> cut;
+    for (const std::vector<Group>* groups : {&alone, &together})
+      for (const Group& g : *groups) Cut(g, parts, cut);
+    return cut;
+  }
+
+  // Adds a group of one member as up to `parts` groups of some of its tokens, another as it is.
+  void Cut(const Group& g, int64_t parts, std::vector<Group>& groups) const {
+    if (g.members.size() > 1) return groups.push_back(g);
+    const Member& member = g.members[0];
+    const int64_t most = CeilDiv(member.tokens * group, kFewRows);
+    const int64_t size = CeilDiv(member.tokens, std::min(parts, most));
+    for (int64_t t = 0; t < member.tokens; t += size)
+      groups.push_back({{{member.seq, member.first + t, std::min(size, member.tokens - t)}}});
   }
 
   // Which keys of the block that starts at index `first` the row sees.
@@ -289,7 +307,7 @@ struct Attention {
         sum += x;
         Store(p + v * kLanes, x);
       }
-      rows[r].normaliser = rows[r].normaliser * factors[r] + sum;
+      rows[r].normaliser = MultiplyAdd(rows[r].normaliser, Splat(factors[r]), sum);
       factor[r] = factors[r];
       for (int v = 0; v < kBlockVectors; v += Kind::kPerWord)
         Store(weights + r * kBlock + v / Kind::kPerWord * kLanes, Kind::Words(p + v * kLanes));
@@ -432,7 +450,7 @@ ffi::Error PagedAttention(
     ffi::Buffer<ffi::S32> tables, ffi::Buffer<ffi::S32> starts, ffi::Buffer<ffi::S32> lens,
     ffi::Buffer<ffi::S32> lo, ffi::Buffer<ffi::S32> hi, ffi::Buffer<ffi::U32> tail_mask,
     ffi::Buffer<ffi::F32> sinks, ffi::ResultBuffer<ffi::F32> out, ffi::ResultBuffer<ffi::F32> lse,
-    float scale, float soft_cap) {
+    float scale, float soft_cap, int32_t tile_rows) {
   const auto attend = [&](auto element) {
     using T = decltype(element);
     const auto queries = q.dimensions(), pages = k.dimensions();
@@ -463,12 +481,13 @@ ffi::Error PagedAttention(
     a.k_words = RoundUp(a.k_width, KindOf<T>::kPerWord) / KindOf<T>::kPerWord;
     a.v_padded = RoundUp(a.v_width, kLanes);
     a.v_stride = static_cast<int>(v.dimensions()[3]);
+    a.tile_rows = tile_rows;
     a.scale = scale;
     a.soft_cap = soft_cap;
     a.has_sinks = sinks.element_count() > 0;
     a.ZeroPadding();
-    const std::vector<Group> groups = a.Groups();
-    const std::vector<Tile> tiles = a.Tiles(groups, pool.num_threads());
+    const std::vector<Group> groups = a.Groups(pool.num_threads());
+    const std::vector<Tile> tiles = a.Tiles(groups, a.Parts(groups.size(), pool.num_threads()));
     Parallel(pool, tiles.size(), [&a, &tiles](int64_t i) { a.Run(tiles[i]); });
     return ffi::Error::Success();
   };
@@ -500,4 +519,5 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(
         .Ret<ffi::Buffer<ffi::F32>>()
         .Ret<ffi::Buffer<ffi::F32>>()
         .Attr<float>("scale")
-        .Attr<float>("soft_cap"));
+        .Attr<float>("soft_cap")
+        .Attr<int32_t>("tile_rows"));

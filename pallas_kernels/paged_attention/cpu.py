@@ -8,9 +8,17 @@ import numpy as np
 
 from kvjax.pallas_kernels import native
 from kvjax.pallas_kernels.page_ops.pages import LayerPages, Pages
+from kvjax.pallas_kernels.tuning import block_sizes, rule
 
 _TARGET = "kvjax_paged_attention"
 _PAGES = (np.float32, np.uint16, np.int8, np.uint8)  # numbers, or bits of bfloat16 and float8
+
+
+@rule("paged_attention/cpu_tile")
+def _tile(*, group: int, head_dim: int) -> dict[str, int]:
+    """Rows that walk the keys together; results do not depend on it."""
+    del group, head_dim
+    return {"rows": 144}
 
 
 def probe() -> None:
@@ -42,6 +50,9 @@ def paged_attention(
         tail_mask = jnp.zeros((tokens, 0), jnp.uint32)
     if sinks is None:
         sinks = jnp.zeros((0,), jnp.float32)
+    tile = block_sizes(
+        "paged_attention/cpu_tile", group=heads // pages.k.shape[1], head_dim=q.shape[2]
+    )
     out, lse = jax.ffi.ffi_call(
         _TARGET,
         (
@@ -53,6 +64,7 @@ def paged_attention(
         block_tables, query_starts, kv_lens,
         visible_lo, visible_hi, tail_mask, jnp.asarray(sinks, jnp.float32),
         scale=np.float32(scale), soft_cap=np.float32(soft_cap or 0.0),
+        tile_rows=np.int32(tile["rows"]),
     )  # fmt: skip
     return (out, lse) if return_lse else out
 
