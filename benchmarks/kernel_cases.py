@@ -13,7 +13,6 @@ from kvjax.pallas_kernels import (
     LayerPages,
     PackedPages,
     Pages,
-    PackedPages,
     cascade_attention,
     copy_pages,
     paged_attention,

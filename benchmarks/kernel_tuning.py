@@ -85,7 +85,7 @@ def tune(tunable: Tunable, sizes: cases.Sizes, dtype: str, rounds: int) -> dict[
         return None
     works: dict[tuple[tuple[str, int], ...], float] = {}
     try:
-        for candidate in _candidates(tunable):
+        for candidate in candidates(tunable):
             tuning.try_sizes(kernel, candidate)
             seconds = _seconds(tunable, sizes, dtype, rounds)
             print(f"{kernel} {candidate}: {_told(seconds)}", flush=True)
@@ -106,7 +106,8 @@ def tune(tunable: Tunable, sizes: cases.Sizes, dtype: str, rounds: int) -> dict[
     return dict(best)
 
 
-def _candidates(tunable: Tunable) -> Iterator[dict[str, int]]:
+def candidates(tunable: Tunable) -> Iterator[dict[str, int]]:
+    """Every combination of the sizes to try."""
     for values in itertools.product(*tunable.candidates.values()):
         yield dict(zip(tunable.candidates, values, strict=True))
 

@@ -1,4 +1,5 @@
 import dataclasses
+import inspect
 import json
 
 import jax
@@ -6,8 +7,12 @@ import pytest
 
 from kvjax.benchmarks import kernel_cases, kernel_peers, kernel_tuning, kernels
 from kvjax.benchmarks.kernel_cases import Case, Heads, Sizes, Subject
-from kvjax.pallas_kernels import tuning
+from kvjax.pallas_kernels import OPERATIONS, PackedPages, packs, tuning
+from kvjax.pallas_kernels.paged_attention import gpu_blocks, tpu  # noqa: F401  (their rules)
 
+needs_compiler = pytest.mark.skipif(
+    jax.default_backend() != "cpu" or not packs(), reason="no C++ kernel runs here"
+)
 TINY = Sizes(
     Heads(2, 1, 64), 16, (1, 2), (64,), (32,), (2, 32, 16), 64, 64, (2, 64), 2**16, 64
 )  # fmt: skip
@@ -123,11 +128,61 @@ def test_tuning_records_what_beats_the_rule_by_more_than_noise(
     assert (tables / "op.json").exists() == (recorded is not None)
 
 
-def test_a_device_without_block_sizes_says_so(capsys):
-    if jax.default_backend() != "cpu":
-        pytest.skip("the device has kernels to tune")
+def test_a_device_without_block_sizes_says_so(capsys, monkeypatch):
+    monkeypatch.setattr(kernel_tuning, "TUNABLES", [])
     assert kernel_tuning.run(TINY, "float32", 1) == 0
-    assert "nothing to tune on cpu" in capsys.readouterr().out
+    assert "nothing to tune on" in capsys.readouterr().out
+
+
+def test_sizes_that_no_case_asks_for_are_not_recorded(tables, capsys):
+    made = kernel_tuning.Tunable("op/kernel", "op", "gpu", {"block": (32,)}, lambda *_: [])
+    assert kernel_tuning.tune(made, TINY, "float32", 1) is None
+    assert "do not reach it" in capsys.readouterr().out
+
+
+def test_a_table_is_of_one_kind_of_device_and_a_cpu_is_named_by_its_model(monkeypatch):
+    monkeypatch.setattr(tuning, "_processor", lambda: "Some Model 9")
+    kind = tuning._device_kind()
+    assert (kind == "cpu Some Model 9") == (jax.default_backend() == "cpu")
+    assert tuning._path("op", "cpu Some Model 9").name == "cpu-some-model-9.json"
+
+
+@needs_compiler
+def test_the_command_tunes_the_cpu_and_later_calls_use_what_it_wrote(tables, monkeypatch, capsys):
+    from kvjax.benchmarks.__main__ import main
+
+    (cpu_tile,) = (t for t in kernel_tuning.TUNABLES if t.kernel == "paged_attention/cpu_tile")
+    monkeypatch.setattr(kernel_cases, "CPU", TINY)
+    monkeypatch.setattr(kernel_tuning, "TUNABLES", [cpu_tile])
+    monkeypatch.setattr(kernel_tuning, "_GAIN", 0.0)  # whatever is measured best is recorded
+    assert main(["kernels", "--tune", "--dtype", "float32", "--rounds", "1"]) == 0
+    assert "cpu_tile as it is: " in capsys.readouterr().out
+    [[facts, sizes]] = json.loads((tables / "paged_attention.json").read_text())["cpu_tile"]
+    assert facts == {"group": 2, "head_dim": 64}
+    assert sizes["rows"] in cpu_tile.candidates["rows"]
+    monkeypatch.setitem(tuning.RULES, "paged_attention/cpu_tile", lambda **_: {"rows": 1})
+    assert tuning.block_sizes("paged_attention/cpu_tile", **facts) == sizes
+
+
+def test_every_tunable_names_a_rule_and_its_sizes():
+    facts = {"head_dim": 128, "page_size": 64, "group": 4, "bytes_per_key": 4096,
+             "bytes_per_token": 4096}  # fmt: skip
+    for tunable in kernel_tuning.TUNABLES:
+        rule = tuning.RULES[tunable.kernel]
+        named = inspect.signature(rule).parameters
+        sizes = rule(**{name: facts[name] for name in named})
+        assert set(tunable.candidates) <= set(sizes), tunable.kernel
+        assert tunable.backend in OPERATIONS[tunable.operation].implementations
+
+
+def test_cases_of_a_tpu_have_packed_pages_and_cost_the_same():
+    packed = dataclasses.replace(TINY, packed=True)
+    one, other = (kernel_cases.decode(sizes, "float32", 2, 64) for sizes in (TINY, packed))
+    assert isinstance(other.constants[0], PackedPages)
+    assert (one.bytes, one.flops) == (other.bytes, other.flops)
+    for case in kernel_cases.cases(packed, "float32"):
+        for subject in case.build():
+            jax.eval_shape(subject.step, subject.constants, subject.carry)
 
 
 def test_the_command_line_measures_the_cases_that_it_is_given(tmp_path, monkeypatch, capsys):

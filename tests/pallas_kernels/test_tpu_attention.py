@@ -13,6 +13,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from kvjax.benchmarks import kernel_tuning
 from kvjax.pallas_kernels import (
     OPERATIONS,
     attention_mass,
@@ -107,6 +108,22 @@ def assert_matches(p: Problem, got: tuple[np.ndarray, np.ndarray]) -> None:
 @pytest.mark.parametrize("name", [*CASES, *(pytest.param(name, marks=SLOW) for name in LONG)])
 def test_the_bodies_match_the_oracle(name):
     p, max_query_len = (CASES | LONG)[name]
+    assert_matches(p, run(p, max_query_len))
+
+
+TRIED = [
+    (tunable.kernel, sizes)
+    for tunable in kernel_tuning.TUNABLES if tunable.backend == "tpu"
+    for sizes in kernel_tuning.candidates(tunable)
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("kernel", "sizes"), [TRIED[0], *(pytest.param(*t, marks=SLOW) for t in TRIED[1:])], ids=str
+)
+def test_the_bodies_match_the_oracle_with_all_sizes_that_tuning_tries(kernel, sizes):
+    tuning.try_sizes(kernel, sizes)
+    p, max_query_len = LONG["more tokens than a tile"]
     assert_matches(p, run(p, max_query_len))
 
 
