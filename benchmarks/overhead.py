@@ -222,7 +222,10 @@ def _program(llm: Any, seqs: int, tokens: int, context: int, *, decode: bool) ->
 
 
 def _products(llm: Any, tokens: int) -> Callable[[], float]:
-    """A program of the matrix products that a prefill of `tokens` tokens cannot do without."""
+    """A program of the matrix products that a prefill of `tokens` tokens cannot do without.
+
+    An MLP's gate is applied to what its product leaves, as the step does it, in the same kernel.
+    """
     import jax
     import jax.numpy as jnp
     from flax import nnx
@@ -236,7 +239,7 @@ def _products(llm: Any, tokens: int) -> Callable[[], float]:
         if isinstance(m, Linear) and "embedding" not in path and "output" not in path
     ]  # fmt: skip
     head = model.embedding.table if model.output is None else model.output
-    seats = runner.limits.max_num_seqs
+    seats, activation = runner.limits.max_num_seqs, model.blocks[0].mlp.activation
     graph, state = nnx.split((linears, head))
     inputs = {
         width: jnp.ones((tokens, width), jnp.float32)
@@ -246,10 +249,14 @@ def _products(llm: Any, tokens: int) -> Callable[[], float]:
     @jax.jit
     def multiply(state: Any, inputs: Any) -> Any:
         linears, head = nnx.merge(graph, state)
-        # Each product sees its own input, and its result is used: none can be shared or dropped.
-        parts = [m(inputs[m.shape[-1]] * i) for i, m in enumerate(linears)]
-        parts.append(head(inputs[head.shape[-1]][:seats]))
-        return parts
+        # Each product waits for the one before, as in the step: none can be shared or dropped, and
+        # their results take turns in the same memory.
+        inputs, last = dict(inputs), jnp.float32(0)
+        for m in linears:
+            x = inputs[m.shape[-1]] = inputs[m.shape[-1]].at[0, 0].set(last)  # in place
+            y = m.gated(x, activation) if len(m.shape) == 3 and m.shape[0] == 2 else m(x)
+            last = jax.lax.optimization_barrier(y).reshape(-1)[0]
+        return head(inputs[head.shape[-1]][:seats].at[0, 0].set(last))
 
     def seconds() -> float:
         start = time.perf_counter()
