@@ -75,6 +75,7 @@ def build(model: str | Path, config: EngineConfig, mesh: Mesh | None = None) -> 
         max_prompt_tokens=num_pages * page_size,
         seed=config.seed,
         clock=time.monotonic,
+        reuse=config.reuse,
     )
     engine = Engine(
         transformer,

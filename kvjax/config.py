@@ -36,6 +36,8 @@ class EngineConfig:
     memory_utilization: float = 0.9  # of an accelerator's memory; on CPU KV takes 5 % of the host's
     enable_prefix_caching: bool = True
     eviction_policy: str = "lru"
+    reuse: Any = None  # spec or `kvjax.reuse.Strategy` for prompts with chunks; None: exact only
+    chunk_cache_share: float = 0.5  # of the KV pages, that stored chunks may take at most
     deterministic: bool = False  # one row of float32 costs as much as two, and bits stop depending
     overlap: bool = True  # plan and dispatch the next step before this one's tokens are read
     compilation_cache: bool = True
@@ -71,6 +73,9 @@ class EngineConfig:
         share = self.memory_utilization
         if not isinstance(share, int | float) or not 0 < share <= 1:
             raise ValueError(f"memory_utilization must be a number in (0, 1], got {share!r}")
+        share = self.chunk_cache_share
+        if not isinstance(share, int | float) or not 0 <= share <= 1:
+            raise ValueError(f"chunk_cache_share must be a number in [0, 1], got {share!r}")
         for name in ("enable_prefix_caching", "deterministic", "overlap", "compilation_cache"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")

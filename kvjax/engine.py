@@ -15,9 +15,11 @@ from collections.abc import Callable, Iterable
 import jax
 import numpy as np
 
+from kvjax.cache.chunks import ChunkStore
 from kvjax.cache.pages import KVSpec
 from kvjax.cache.pool import PagePool
 from kvjax.cache.radix import EVICTION_POLICIES, RadixTree
+from kvjax.chunks import Chunks
 from kvjax.config import EngineConfig
 from kvjax.decode import SampleOutput
 from kvjax.errors import KVJaxError, StepFailed
@@ -25,9 +27,12 @@ from kvjax.models import Transformer
 from kvjax.pallas_kernels import cascade_refusal
 from kvjax.recovery import Suspects
 from kvjax.request import FinishReason, Logprob, PositionLogprobs
+from kvjax.reuse.pack import stage_rows
+from kvjax.reuse.report import Fate, staged_report
+from kvjax.reuse.strategy import ModelFacts
 from kvjax.runner import Dispatched, RowOwner, Runner
-from kvjax.schedule import Limits, Scheduler, StepPlan
-from kvjax.sequence import Request, Sequence, Status
+from kvjax.schedule import Limits, Portion, Scheduler, StepPlan
+from kvjax.sequence import Assembled, Request, Sequence, Status
 
 MAX_SCORED_TOKENS = 128  # prompt tokens whose logits one step keeps
 
@@ -65,7 +70,11 @@ class Engine:
                     f"got {config.eviction_policy!r}"
                 )
             tree = RadixTree(pool, EVICTION_POLICIES[config.eviction_policy]())
-        self.scheduler = Scheduler(pool, tree, self.limits, clock)
+        store = ChunkStore(pool, int(config.chunk_cache_share * num_pages))
+        self.scheduler = Scheduler(pool, tree, self.limits, clock, store, self._assemble)
+        self.chunks = Chunks(
+            store, _facts(model, spec), self.scheduler, self.discard, max_model_len
+        )
         if cascade is None:
             never = cascade_refusal(jax.default_backend())
             cascade = never is None and not config.deterministic
@@ -77,13 +86,23 @@ class Engine:
         self._ended: set[Sequence] = set()  # over, but the step in flight still computes for them
         self._suspects = Suspects()
         self._failed: list[Request] = []
+        self._refused: list[tuple[Request, KVJaxError]] = []  # by their strategy, while planning
 
     # ---- requests ---------------------------------------------------------------------------
 
     def add(self, request: Request) -> None:
         """Queues a request: its first branch now, the others once the prompt is computed."""
         self._parked.discard(request.sequences[0])
-        self.scheduler.add(request.sequences[0])
+        if not self.chunks.hold_back(request):
+            self.scheduler.add(request.sequences[0])
+
+    def _assemble(self, sequence: Sequence, exact: int) -> Assembled | None:
+        try:
+            return self.chunks.assemble(sequence, exact)
+        except (KVJaxError, ValueError) as error:  # of the strategy; others must not suffer
+            failure = error if isinstance(error, KVJaxError) else KVJaxError(str(error))
+            self._refused.append((sequence.request, failure))
+            return None
 
     def abort(self, request: Request, reason: FinishReason = "abort") -> None:
         """Ends what is left of a request now. Its pages are free for the next step."""
@@ -113,13 +132,16 @@ class Engine:
     @property
     def has_work(self) -> bool:
         """Whether `step()` has anything left to do."""
-        return self.scheduler.has_work or self._in_flight is not None or bool(self._failed)
+        waiting = bool(self._failed) or self.chunks.busy
+        return self.scheduler.has_work or self._in_flight is not None or waiting
 
     # ---- the loop ---------------------------------------------------------------------------
 
     def step(self) -> list[Request]:
         """Plans and dispatches a step, commits the one before; the requests that made progress."""
         self._discard_abandoned()
+        for request in self.chunks.settle():
+            self.scheduler.add(request.sequences[0])
         touched = {id(r): r for r in self._take_failed()}
         previous, self._in_flight = self._in_flight, None
         dispatching: StepPlan | None = None
@@ -129,13 +151,13 @@ class Engine:
                 previous = None
             self.scheduler.only = self._suspects.under_test
             plan = self.scheduler.plan()
-            if plan.chunks:
+            if plan.sequences:
                 dispatching = plan
                 self._in_flight = self.runner.dispatch(plan)
                 dispatching = None
             if previous is not None:
                 touched |= self._commit(previous)
-            elif not plan.chunks:
+            elif not plan.sequences:
                 self._explain_standstill()
         except jax.errors.JaxRuntimeError as error:
             steps = [s.plan for s in (previous, self._in_flight) if s is not None]
@@ -148,6 +170,8 @@ class Engine:
 
     def _commit(self, step: Dispatched) -> dict[int, Request]:
         """Reads a step's results and appends them. Blocks until the device is done with it."""
+        if step.out is None:
+            return self._commit_staged(step)
         tokens = np.asarray(step.out.tokens)
         healthy = np.asarray(step.out.healthy)
         report = _read_report(step.out, step.owners)
@@ -170,14 +194,28 @@ class Engine:
                 self._fail(request, StepFailed("the model gave no finite logits"))
                 continue
             self._append(sequence, int(tokens[row]), entry, now)
-        for chunk in step.plan.chunks:
-            sequence = chunk.sequence
-            if not sequence.request.samples and chunk.stop >= len(sequence.tokens):
+        for portion in step.plan.portions:
+            sequence = portion.sequence
+            if not sequence.request.samples and portion.stop >= len(sequence.tokens):
                 touched[id(sequence.request)] = sequence.request
                 if sequence.status is Status.RUNNING:
                     self._finish(sequence, "length")
-        self._suspects.passed(step.plan.chunks)
+        self._suspects.passed(step.plan.portions)
         return touched
+
+    def _commit_staged(self, step: Dispatched) -> dict[int, Request]:
+        """Notes which rows a staged prefill chose. Blocks until the device is done with it."""
+        sequence = step.plan.staged
+        assert sequence is not None
+        ended, self._ended = self._ended, set()
+        if sequence.assembly is None or sequence in ended:
+            return {}
+        stages = stage_rows(sequence.assembly.staged.stages, step.stages)
+        report = staged_report(sequence.request.report, stages)
+        sequence.request.report = report
+        sequence.request.num_cached_tokens = int((report.fates[-1] < Fate.RECOMPUTED).sum())
+        self._suspects.passed([Portion(sequence, 0, 1, False, False)])
+        return {}
 
     def _append(
         self, sequence: Sequence, token: int, entry: PositionLogprobs | None, now: float
@@ -261,7 +299,7 @@ class Engine:
         The steps that were in flight are run again in halves until one sequence is left to blame;
         the others never notice.
         """
-        sequences = {chunk.sequence for plan in plans for chunk in plan.chunks}
+        sequences = {sequence for plan in plans for sequence in plan.sequences}
         alive = {s for s in sequences if s.status is not Status.FINISHED and s not in self._ended}
         self._start_over()
         culprit = self._suspects.failed(alive, others=len(alive) < len(sequences))
@@ -297,8 +335,20 @@ class Engine:
             tree, pool = self.scheduler.tree, self.scheduler.pool
             held = {page for sequence in self._parked for page in sequence.page_ids}
             cached = 0 if tree is None else tree.num_pages
+            stored = {page for variant in self.chunks.store for page in variant.page_ids}
             used = pool.num_pages - pool.num_free
-            assert max(cached, len(held)) <= used <= cached + len(held), (cached, held, used)
+            most = cached + len(held | stored)
+            assert max(cached, len(held | stored)) <= used <= most, (cached, held, stored, used)
+
+
+def _facts(model: Transformer, spec: KVSpec) -> ModelFacts:
+    c = model.config
+    return ModelFacts(
+        num_layers=c.num_layers,
+        hidden_size=c.hidden_size,
+        kv_token_bytes=spec.bytes(1),
+        hidden_token_bytes=2 * c.hidden_size * c.num_layers,
+    )
 
 
 def _read_report(out: SampleOutput, owners: tuple[RowOwner, ...]) -> SampleOutput | None:

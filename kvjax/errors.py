@@ -42,7 +42,7 @@ class UnknownChunk(KVJaxError, LookupError):
 
 
 class UnknownStrategy(KVJaxError, ValueError):
-    """No reuse strategy has that name, or it has no such option; the message lists what there is."""
+    """No reuse strategy has that name, or it has no such option; the message lists them."""
 
 
 class ReuseRefused(KVJaxError, ValueError):

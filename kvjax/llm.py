@@ -11,11 +11,15 @@ from jax.sharding import Mesh
 
 from kvjax.branch import Branch
 from kvjax.build import build, tensor_parallel_mesh
+from kvjax.cache.chunks import tokens_hash
+from kvjax.chunks import Chunks
 from kvjax.config import EngineConfig
-from kvjax.intake import Prompt
+from kvjax.intake import Prompt, is_marked
 from kvjax.models.tokenizers import Tokenizer
 from kvjax.progress import progress_bar
-from kvjax.request import RequestOutput, SamplingParams
+from kvjax.request import Chunk, RequestOutput, SamplingParams
+from kvjax.reuse import parse
+from kvjax.reuse.strategy import context_hash
 from kvjax.sequence import Request
 from kvjax.stream import Job, Result, run_stream
 
@@ -153,6 +157,29 @@ class LLM:
         """Forgets cached prefixes; the number of pages that became free."""
         return self.engine.reset_prefix_cache()
 
+    @property
+    def chunks(self) -> Chunks:
+        """The stored chunks: `put_chunks` fills it ahead of time."""
+        return self.engine.chunks
+
+    def put_chunks(
+        self, documents: Seq[str | Chunk], *, strategy: Any = None, cache_salt: str | None = None
+    ) -> int:
+        """Encodes documents ahead of any prompt, behind the context their strategy wants.
+
+        Returns how many are stored; the others were not let in, for want of room.
+        """
+        chosen = self._intake.reuse if strategy is None else parse(strategy)
+        parts = [part if isinstance(part, Chunk) else Chunk(part) for part in documents]
+        corpus = [tuple(self._intake.marked_tokens([part])[1]) for part in parts]
+        for tokens in corpus:
+            self.chunks.put(tokens, chosen.enrich(tokens, corpus), cache_salt)
+        while self.engine.has_work:
+            self.engine.step()
+        found = [self.chunks.store.variants(cache_salt, tokens_hash(tokens)) for tokens in corpus]
+        return sum(context_hash(chosen.enrich(tokens, corpus)) in variants
+                   for tokens, variants in zip(corpus, found, strict=True))  # fmt: skip
+
     def warm_up(self) -> None:
         """Compiles every program now. Later calls compile nothing."""
         self.engine.runner.warm_up()
@@ -194,7 +221,7 @@ def _each(params: Any, count: int) -> list[SamplingParams]:
 
 def _is_one(prompts: Any) -> bool:
     """Whether this is a single prompt rather than a list of them."""
-    if isinstance(prompts, str | Mapping):
+    if isinstance(prompts, str | Mapping) or is_marked(prompts):
         return True
     return bool(
         isinstance(prompts, Seq) and prompts and isinstance(prompts[0], Integral | Mapping)

@@ -38,6 +38,22 @@ class FrozenMapping(Mapping[Any, Any]):
         return repr(self._items)
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class Chunk:
+    """Part of a prompt whose KV is stored by itself and reused wherever it appears again.
+
+    Text is tokenised by itself, without special tokens, wherever it stands.
+    """
+
+    content: str | tuple[int, ...]  # text, or token ids
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.content, str):
+            object.__setattr__(self, "content", _token_ids("a chunk", self.content))
+        if not self.content:
+            raise ValueError(f"a chunk must not be empty, got {self.content!r}")
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SamplingParams:
     """How to generate from one prompt. Immutable, hashable, checked when made (`ValueError`).
@@ -71,6 +87,7 @@ class SamplingParams:
     priority: int = 0  # lower is scheduled first
     cache_salt: str | None = None  # KV is shared only between requests of one salt
     skip_reading_prefix_cache: bool = False
+    reuse: Any = None  # spec or `kvjax.reuse.Strategy` for the prompt's chunks; None: the engine's
     extra_args: Mapping[str, Any] | None = None  # for logit stages and strategies from outside
 
     def __post_init__(self) -> None:
@@ -223,6 +240,7 @@ class RequestOutput:
     prompt_logprobs: tuple[PositionLogprobs | None, ...] | None = None  # the first entry is None
     metrics: RequestMetrics | None = None
     num_cached_tokens: int = 0  # prompt tokens whose KV was reused
+    reuse: Any = None  # `kvjax.reuse.report.ReuseReport` of a prompt with chunks
     error: KVJaxError | None = None  # why it failed, if a finish_reason is "error"
 
 

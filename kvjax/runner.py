@@ -29,9 +29,15 @@ from kvjax.decode import (
 from kvjax.models import ModelConfig, Transformer
 from kvjax.prefix_groups import CascadeRule, PrefixGroups
 from kvjax.request import SamplingParams
-from kvjax.schedule import Chunk, Limits, StepPlan
+from kvjax.reuse.assemble import Move
+from kvjax.reuse.forward import StagedShape, run_staged
+from kvjax.reuse.move import move_chunks
+from kvjax.reuse.pack import MoveShape, batched_moves, empty_batch, empty_move, stage_prompt
+from kvjax.schedule import Limits, Portion, StepPlan
 from kvjax.sequence import Sequence
 from kvjax.step import Bucket, StepBatch, StepLayout, ints, step
+
+ProgramKey = Bucket | MoveShape | StagedShape | str
 
 _SMALLEST = 16  # tokens of the smallest mixed program
 
@@ -51,8 +57,9 @@ class Dispatched:
 
     plan: StepPlan
     owners: tuple[RowOwner, ...]
-    out: SampleOutput
-    bucket: Bucket
+    out: SampleOutput | None  # None: a staged prefill, which draws nothing
+    bucket: Bucket | StagedShape
+    stages: tuple[Any, ...] = ()  # indices of the rows that each stage of it ran
 
 
 class Runner:
@@ -75,7 +82,7 @@ class Runner:
         self.arguments = stage_arguments()
         self.cascade_rule = _cascade_rule(model.config, spec) if cascade else None
         self.buckets = ladder(limits, self.cascade_rule is not None)
-        self._programs: dict[Bucket | str, Any] = {}
+        self._programs: dict[ProgramKey, Any] = {}
         self._layouts: dict[Bucket, StepLayout] = {}
         self.compiles = 0
         self.compile_seconds = 0.0
@@ -119,9 +126,9 @@ class Runner:
     @property
     def is_warm(self) -> bool:
         """Whether every program is compiled."""
-        return len(self._programs) == len(self.buckets) + 2
+        return all(key in self._programs for key in ("copy_pages", "load_seat", *self.buckets))
 
-    def _program(self, key: "Bucket | str") -> Any:
+    def _program(self, key: ProgramKey) -> Any:
         if key not in self._programs:
             start = time.perf_counter()
             self._programs[key] = self._compile(key)
@@ -130,7 +137,7 @@ class Runner:
             _return_freed_memory()
         return self._programs[key]
 
-    def _compile(self, key: "Bucket | str") -> Any:
+    def _compile(self, key: ProgramKey) -> Any:
         pages, state = (jax.tree.map(_abstract, tree) for tree in (self.pages, self.state))
         if key == "copy_pages":
             ids = self._abstract_input((self.limits.max_num_seqs,))
@@ -139,22 +146,51 @@ class Runner:
         if key == "load_seat":
             features = seat_features(SamplingParams(), self.config.vocab_size)
             return load_seat.lower(state, np.int32(0), features).compile()
+        if isinstance(key, MoveShape):
+            return self._compile_move(key, pages)
+        if isinstance(key, StagedShape):
+            return self._compile_staged(key, pages)
         assert isinstance(key, Bucket)
         layout = self._layout(key)
 
         @partial(jax.jit, donate_argnums=(1, 2))
         def run(weights, pages, state, buffer):
-            model = nnx.merge(self._graph, jax.tree.unflatten(self._weights_tree, weights))
+            model = self._model(weights)
             return step(model, pages, state, layout.unpack(buffer), decode=key.decode)
 
         buffer = self._abstract_input((layout.size,))
         return run.lower(self._weights, pages, state, buffer).compile()
 
-    def _abstract_input(self, shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
+    def _compile_move(self, shape: MoveShape, pages: Any) -> Any:
+        @partial(jax.jit, donate_argnums=1)
+        def run(weights, pages, *arrays):
+            return move_chunks(self._model(weights), pages, *arrays, frame=shape.frame)
+
+        arrays = empty_move(shape, self.config.num_layers, self.spec)
+        return run.lower(self._weights, pages, *self._abstract_inputs(arrays)).compile()
+
+    def _compile_staged(self, shape: StagedShape, pages: Any) -> Any:
+        @partial(jax.jit, donate_argnums=1)
+        def run(weights, pages, batch):
+            return run_staged(self._model(weights), pages, self.spec, shape, batch)
+
+        batch = empty_batch(shape, self._pages_per_seq)
+        return run.lower(self._weights, pages, self._abstract_inputs(batch)).compile()
+
+    def _model(self, weights: Any) -> Transformer:
+        """The model over flat weights, inside a trace."""
+        return nnx.merge(self._graph, jax.tree.unflatten(self._weights_tree, weights))
+
+    def _abstract_inputs(self, tree: Any) -> Any:
+        return jax.tree.map(lambda x: self._abstract_input(x.shape, x.dtype), tree)
+
+    def _abstract_input(
+        self, shape: tuple[int, ...], dtype: Any = np.int32
+    ) -> jax.ShapeDtypeStruct:
         sharding = None
         if self.sharding.mesh is not None:
             sharding = jax.sharding.NamedSharding(self.sharding.mesh, jax.sharding.PartitionSpec())
-        return jax.ShapeDtypeStruct(shape, np.int32, sharding=sharding)
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
     def _layout(self, bucket: Bucket) -> StepLayout:
         if bucket not in self._layouts:
@@ -170,14 +206,13 @@ class Runner:
 
         If this (or reading the results) raises, pages and state are lost: call `rebuild()`.
         """
+        if plan.staged is not None:
+            return self._dispatch_staged(plan)
         groups = self._groups(plan)
         bucket = self._bucket(plan, groups is not None)
         program, layout = self._program(bucket), self._layout(bucket)
         batch, owners = self._batch(plan, bucket, groups)
-        if plan.copies:
-            self._copy(plan.copies)
-        for sequence in plan.loads:
-            self._load_seat(sequence)
+        self._prepare(plan)
         self.real_tokens += plan.num_tokens
         self.padded_tokens += bucket.tokens
         self.cascade_steps += bucket.cascade
@@ -185,6 +220,32 @@ class Runner:
             self._weights, self.pages, self.state, layout.pack(batch)
         )
         return Dispatched(plan, owners, out, bucket)
+
+    def _prepare(self, plan: StepPlan) -> None:
+        """What comes before the step's tokens."""
+        if plan.copies:
+            self._copy(plan.copies)
+        if plan.moves:
+            self._move(plan.moves)
+        for sequence in plan.loads:
+            self._load_seat(sequence)
+
+    def _move(self, moves: tuple[tuple[Sequence, Move], ...]) -> None:
+        """Stored KV into sequences' own pages; moves without a patch travel together."""
+        for move in batched_moves(moves, self.spec.page_size):
+            program = self._program(move.shape)
+            self.pages = program(self._weights, self.pages, *move.arrays)
+
+    def _dispatch_staged(self, plan: StepPlan) -> Dispatched:
+        """A staged prefill of one sequence, up to its last prompt token."""
+        assert plan.staged is not None
+        self._prepare(plan)
+        shape, batch = stage_prompt(plan.staged, self.spec.page_size, self._pages_per_seq)
+        rows = sum(stage.rows for stage in shape.stages)
+        self.padded_tokens += rows
+        program = self._program(shape)
+        self.pages, stages = program(self._weights, self.pages, batch)
+        return Dispatched(plan, (), None, shape, stages)
 
     def _copy(self, copies: tuple[tuple[int, int], ...]) -> None:
         width = self.limits.max_num_seqs
@@ -209,21 +270,21 @@ class Runner:
 
     def _groups(self, plan: StepPlan) -> PrefixGroups | None:
         """Who reads a prefix together in a decode step, if that pays."""
-        if self.cascade_rule is None or len(plan.chunks) < 2 or not _is_decode(plan):
+        if self.cascade_rule is None or len(plan.portions) < 2 or not _is_decode(plan):
             return None
         return self.cascade_rule.groups(
-            [chunk.sequence.page_ids for chunk in plan.chunks],
-            [chunk.stop for chunk in plan.chunks],
+            [portion.sequence.page_ids for portion in plan.portions],
+            [portion.stop for portion in plan.portions],
         )
 
     def _bucket(self, plan: StepPlan, cascade: bool = False) -> Bucket:
         """The smallest program that holds the plan."""
-        scores = any(chunk.scores_prompt for chunk in plan.chunks)
+        scores = any(portion.scores_prompt for portion in plan.portions)
         if _is_decode(plan):
             fits = [
                 b
                 for b in self.buckets
-                if b.decode and b.seqs >= len(plan.chunks) and b.cascade == cascade
+                if b.decode and b.seqs >= len(plan.portions) and b.cascade == cascade
             ]
         else:
             fits = [
@@ -243,24 +304,26 @@ class Runner:
         starts, kv_lens, tables = ints(s + 1), ints(s), ints(s, self._pages_per_seq)
         rows: list[tuple[int, RowOwner]] = []
         at = 0
-        chunks = plan.chunks if groups is None else [plan.chunks[i] for i in groups.order]
-        for i, chunk in enumerate(chunks):
-            sequence, n = chunk.sequence, chunk.stop - chunk.start
+        portions = plan.portions if groups is None else [plan.portions[i] for i in groups.order]
+        for i, portion in enumerate(portions):
+            sequence, n = portion.sequence, portion.num_tokens
             span = slice(at, at + n)
-            known = sequence.tokens[chunk.start : chunk.stop]
+            indices = portion.indices
+            known = sequence.tokens[portion.start : portion.stop]
+            if portion.reused:
+                known = [sequence.tokens[i] for i in indices if i < len(sequence.tokens)]
             tokens[at : at + len(known)] = known
             if len(known) < n:
                 source[at + len(known)] = sequence.seat
-            indices = np.arange(chunk.start, chunk.stop, dtype=np.int32)
             tables[i, : len(sequence.page_ids)] = sequence.page_ids
             positions[span] = indices
             slots[span] = tables[i, indices // size] * size + indices % size
             hi[span] = indices + 1
-            kv_lens[i] = chunk.stop
+            kv_lens[i] = portion.stop
             at += n
             starts[i + 1] = at
-            rows += _rows(chunk, at - n)
-        starts[len(plan.chunks) + 1 :] = at
+            rows += _rows(portion, at - n)
+        starts[len(plan.portions) + 1 :] = at
         logits_rows = ints(bucket.rows)
         logits_rows[: len(rows)] = [row for row, _ in rows]
         owners = tuple(owner for _, owner in rows)
@@ -298,7 +361,7 @@ def _return_freed_memory() -> None:
 
 def _is_decode(plan: StepPlan) -> bool:
     """Whether every sequence brings one token, to draw the next from."""
-    return all(c.stop - c.start == 1 and not c.scores_prompt for c in plan.chunks)
+    return all(c.num_tokens == 1 and not c.scores_prompt for c in plan.portions)
 
 
 def _cascade_rule(config: ModelConfig, spec: KVSpec) -> CascadeRule | None:
@@ -344,15 +407,17 @@ def _lower_bounds(hi: np.ndarray, window: int | None) -> Any:
     return np.zeros_like(hi) if window is None else np.maximum(0, hi - window)
 
 
-def _rows(chunk: Chunk, first: int) -> list[tuple[int, RowOwner]]:
-    """Query tokens of a chunk whose logits are wanted, and what for."""
-    sequence, last = chunk.sequence, chunk.stop - chunk.start - 1
+def _rows(portion: Portion, first: int) -> list[tuple[int, RowOwner]]:
+    """Query tokens of a portion whose logits are wanted, and what for."""
+    sequence, last = portion.sequence, portion.num_tokens - 1
     rows = []
-    if chunk.scores_prompt:
-        scored = min(chunk.stop, sequence.num_prompt - 1) - chunk.start
-        rows = [(first + i, RowOwner(sequence, False, chunk.start + i + 1)) for i in range(scored)]
-    if chunk.samples:
-        rows.append((first + last, RowOwner(sequence, True, chunk.stop)))
+    if portion.scores_prompt:
+        scored = min(portion.stop, sequence.num_prompt - 1) - portion.start
+        rows = [
+            (first + i, RowOwner(sequence, False, portion.start + i + 1)) for i in range(scored)
+        ]
+    if portion.samples:
+        rows.append((first + last, RowOwner(sequence, True, portion.stop)))
     return rows
 
 

@@ -243,18 +243,19 @@ class ChunkStore:
         return len(found)
 
     def evict(self, num_pages: int) -> int:
-        """Drops unpinned variants in the order of the policy until that many pages became free.
+        """Drops unpinned variants in the order of the policy until they held that many pages.
 
-        Those whose pages others still use free nothing and stay. Returns the pages freed.
+        Pages that others still use, the prefix tree among them, are not free by that. Returns the
+        number of pages given up.
         """
-        freed_before = self._pool.num_free
-        for variant in self._ordered(self._variants.values()):
-            if self._pool.num_free - freed_before >= num_pages:
+        given_up = 0
+        for variant in self._ordered(self._variants.values()) if num_pages > 0 else ():
+            given_up += len(variant.page_ids)
+            self._drop(variant)
+            self._evicted += 1
+            if given_up >= num_pages:
                 break
-            if any(self._pool.ref_count(page) == 1 for page in variant.page_ids):
-                self._drop(variant)
-                self._evicted += 1
-        return self._pool.num_free - freed_before
+        return given_up
 
     def clear(self) -> None:
         """Drops everything, pinned or not: the pages' content is lost."""

@@ -134,8 +134,8 @@ def _validate_pass(
                 extra = np.setdiff1d(stage.rows.indices, sure)
                 if len(extra):
                     raise InvalidPlan(
-                        f"{name} has row {extra[0]}, which the stage below does not surely compute: "
-                        "row sets must be nested"
+                        f"{name} has row {extra[0]}, which the stage below does not surely "
+                        "compute: row sets must be nested"
                     )
         below = stage
 

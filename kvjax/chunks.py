@@ -1,0 +1,193 @@
+"""Chunks of an engine: encoded when a prompt or a caller wants them, kept, pinned, counted.
+
+    a prompt misses a chunk      a request of its own encodes it, and the prompt waits for that
+    `put`                        the same ahead of time
+    a prompt is scheduled        `assemble` says what the stored variants do for it
+
+Only the thread that owns the engine may call this.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from kvjax.cache.chunks import ChunkStats, ChunkStore, Variant, VariantKey, tokens_hash
+from kvjax.errors import PromptTooLong
+from kvjax.request import RequestMetrics, SamplingParams
+from kvjax.reuse.assemble import Assembly, assemble
+from kvjax.reuse.strategy import ModelFacts, Prompt, Segment, Strategy, Tokens, context_hash
+from kvjax.schedule import Scheduler
+from kvjax.sequence import Request
+from kvjax.sequence import Sequence as Branch
+
+
+@dataclasses.dataclass(eq=False, slots=True)
+class _Job:
+    """A variant on its way."""
+
+    key: VariantKey
+    tokens: Tokens
+    context: Tokens
+    request: Request
+
+
+class Chunks:
+    """The chunk store of one engine, and the requests that fill it."""
+
+    def __init__(
+        self, store: ChunkStore, facts: ModelFacts, scheduler: Scheduler,
+        discard: Callable[[Branch], None], max_model_len: int,
+    ) -> None:  # fmt: skip
+        self.store, self.facts = store, facts
+        self._scheduler, self._discard = scheduler, discard
+        self._max_model_len = max_model_len
+        self._jobs: dict[VariantKey, _Job] = {}
+        self._waiting: list[tuple[Request, list[VariantKey]]] = []
+        self._numbers = itertools.count()
+
+    # ---- for callers ------------------------------------------------------------------------
+
+    @property
+    def stats(self) -> ChunkStats:
+        """What is stored, and counts so far."""
+        return self.store.stats
+
+    def pin(self, tokens: Sequence[int], salt: str | None = None) -> int:
+        """Keeps a chunk from being evicted; the number of its variants. `unpin` undoes it.
+
+        Raises:
+          UnknownChunk: no KV is stored for these tokens.
+        """
+        return self.store.pin(salt, tokens_hash(tokens))
+
+    def unpin(self, tokens: Sequence[int], salt: str | None = None) -> int:
+        """Lets a pinned chunk be evicted again. Raises as `pin` does."""
+        return self.store.pin(salt, tokens_hash(tokens), by=-1)
+
+    # ---- for the engine ---------------------------------------------------------------------
+
+    @property
+    def busy(self) -> bool:
+        """Whether prompts wait for chunks, or finished ones are to be stored."""
+        return bool(self._waiting or self._jobs)
+
+    def hold_back(self, request: Request) -> bool:
+        """Starts encoding what `request` wants and does not find; whether it has to wait."""
+        strategy: Strategy | None = request.strategy
+        if strategy is None or not request.chunk_spans:
+            return False
+        prompt, keys = self.prompt(request, request.sequences[0].num_prompt, 0), []
+        for number in range(len(prompt.segments)):
+            context = strategy.wanted(prompt, number, self.store)
+            if context is not None:
+                tokens = prompt.chunk_tokens(number)
+                key = self.encode(tokens, context, request.params.cache_salt, like=request)
+                if key is not None:
+                    keys.append(key)
+        if keys:
+            self._waiting.append((request, keys))
+        return bool(keys)
+
+    def encode(
+        self, tokens: Tokens, context: Tokens, salt: str | None, like: Request | None = None
+    ) -> VariantKey | None:
+        """Queues the encoding of a variant; None if it is there, or will not be let in."""
+        key = VariantKey(salt, tokens_hash(tokens), context_hash(context))
+        if self.store.get(key) is not None:
+            return None
+        if key in self._jobs:
+            return key
+        total = len(context) + len(tokens)
+        size = self._scheduler.pool.page_size
+        if total >= self._max_model_len or not self.store.admits(-(-total // size)):
+            return None
+        params = SamplingParams(
+            max_tokens=1, cache_salt=salt, priority=0 if like is None else like.params.priority
+        )
+        request = Request(
+            request_id=f"chunk-{next(self._numbers)}",
+            prompt_ids=(*context, *tokens),
+            params=params,
+            seed=0,
+            metrics=RequestMetrics(arrival_time=self._scheduler.clock()),
+            arrival=-1 if like is None else like.arrival,
+            samples=False,
+        )
+        request.sequences.append(
+            Branch(request, [*context, *tokens], num_prompt=total, keeps_pages=True)
+        )
+        self._jobs[key] = _Job(key, tokens, context, request)
+        self._scheduler.add(request.sequences[0])
+        return key
+
+    def settle(self) -> list[Request]:
+        """Stores what has been encoded; the prompts that waited for it and can go on."""
+        for job in [job for job in self._jobs.values() if job.request.finished]:
+            del self._jobs[job.key]
+            (sequence,) = job.request.sequences
+            if sequence.num_computed >= len(sequence.tokens):
+                self.store.put(self._variant(job, sequence))
+            self._discard(sequence)
+        ready = [
+            request
+            for request, keys in self._waiting
+            if request.finished or not any(key in self._jobs for key in keys)
+        ]
+        self._waiting = [entry for entry in self._waiting if entry[0] not in ready]
+        return [r for r in ready if not r.finished]
+
+    def _variant(self, job: _Job, sequence: Branch) -> Variant:
+        size, start = self._scheduler.pool.page_size, len(job.context)
+        return Variant(
+            key=job.key,
+            tokens=np.asarray(job.tokens, np.int64),
+            base=start,
+            page_ids=list(sequence.page_ids[start // size :]),
+            first=start % size,
+            context_ids=job.context,
+        )
+
+    def prompt(self, request: Request, num_prompt: int, exact: int) -> Prompt:
+        """What strategies see of a request."""
+        ids = request.prompt_ids[:num_prompt]
+        return Prompt(
+            tokens=ids,
+            segments=tuple(Segment(a, b, tokens_hash(ids[a:b])) for a, b in request.chunk_spans),
+            salt=request.params.cache_salt,
+            model=self.facts,
+            num_exact=exact,
+            options=request.params.extra_args or {},
+        )
+
+    def assemble(self, sequence: Branch, exact: int) -> Assembly | None:
+        """How stored chunks serve a sequence; None: not at all."""
+        request = sequence.request
+        if request.strategy is None or sequence.num_prompt != len(request.prompt_ids):
+            return None
+        return assemble(
+            request.strategy, self.prompt(request, sequence.num_prompt, exact), self.store
+        )
+
+    def forget(self) -> None:
+        """The device lost every page: the store is empty, jobs start over with the others."""
+        self.store.clear()
+
+    def put(self, tokens: Tokens, context: Tokens = (), salt: str | None = None) -> bool:
+        """Queues the encoding of a chunk ahead of any prompt; whether it is on its way or there.
+
+        Raises:
+          ValueError: there are no tokens.
+          PromptTooLong: they do not fit the context.
+        """
+        if not tokens:
+            raise ValueError("a chunk needs at least one token, got none")
+        if len(context) + len(tokens) >= self._max_model_len:
+            raise PromptTooLong(
+                f"the chunk has {len(context) + len(tokens)} tokens with its context; "
+                f"max_model_len={self._max_model_len} allows {self._max_model_len - 1}"
+            )
+        key = self.encode(tokens, context, salt)
+        wanted = VariantKey(salt, tokens_hash(tokens), context_hash(context))
+        return key is not None or self.store.get(wanted) is not None
