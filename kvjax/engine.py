@@ -31,8 +31,9 @@ from kvjax.reuse.pack import stage_rows
 from kvjax.reuse.report import Fate, staged_report
 from kvjax.reuse.strategy import ModelFacts
 from kvjax.runner import Dispatched, RowOwner, Runner
-from kvjax.schedule import Limits, Portion, Scheduler, StepPlan
+from kvjax.schedule import Scheduler
 from kvjax.sequence import Assembled, Request, Sequence, Status
+from kvjax.step_plan import Limits, Portion, StepPlan
 
 MAX_SCORED_TOKENS = 128  # prompt tokens whose logits one step keeps
 

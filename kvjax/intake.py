@@ -123,7 +123,8 @@ class Intake:
             return *self.tokens(prompt), ()
         ids: list[int] = []
         spans, texts = [], []
-        for number, part in enumerate(prompt):
+        parts: list[Any] = list(prompt)
+        for number, part in enumerate(parts):
             content = part.content if isinstance(part, Chunk) else part
             if isinstance(content, str):
                 first = number == 0 and not isinstance(part, Chunk)

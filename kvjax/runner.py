@@ -33,9 +33,9 @@ from kvjax.reuse.assemble import Move
 from kvjax.reuse.forward import StagedShape, run_staged
 from kvjax.reuse.move import move_chunks
 from kvjax.reuse.pack import MoveShape, batched_moves, empty_batch, empty_move, stage_prompt
-from kvjax.schedule import Limits, Portion, StepPlan
 from kvjax.sequence import Sequence
 from kvjax.step import Bucket, StepBatch, StepLayout, ints, step
+from kvjax.step_plan import Limits, Portion, StepPlan
 
 ProgramKey = Bucket | MoveShape | StagedShape | str
 

@@ -438,6 +438,8 @@ class RadixTree:
         page = leaf.pages[0]
         num_holders = self._held[page]
         for node in _path(leaf):  # whatever is above and reaches this page has it as its last
+            if node.parent is None:
+                break
             num_holders -= node.pages[-1] == page
             if num_holders == 0:
                 return node.locks == 0
