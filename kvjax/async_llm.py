@@ -6,6 +6,7 @@ import collections
 import contextlib
 import dataclasses
 import threading
+import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
@@ -81,6 +82,8 @@ class AsyncLLM:
         self._wake = threading.Condition()
         self._stopping = False
         self._error: BaseException | None = None
+        self.step_started: float | None = None  # `time.monotonic()`; None: no step is under way
+        self.on_step: Callable[[], None] | None = None  # called after each, in the engine's thread
         self._thread = threading.Thread(target=self._loop, name="kvjax-engine", daemon=True)
         self._thread.start()
         atexit.register(self.shutdown)  # the interpreter must not go away under a step
@@ -148,6 +151,16 @@ class AsyncLLM:
         """The model's tokenizer."""
         return self._tokenizer
 
+    @property
+    def is_alive(self) -> bool:
+        """Whether the engine's thread is there to take requests."""
+        return self._thread.is_alive() and not self._stopping
+
+    @property
+    def max_model_len(self) -> int:
+        """The longest prompt and output together, in tokens."""
+        return self._intake.max_model_len
+
     def shutdown(self) -> None:
         """Ends the thread; open streams close with an error. Blocks while a step is under way."""
         with self._wake:
@@ -191,7 +204,12 @@ class AsyncLLM:
                 while self._calls and not self._stopping:
                     self._calls.popleft()(None)
                 if self.engine.has_work:
-                    self._publish(self.engine.step())
+                    self.step_started = time.monotonic()
+                    touched = self.engine.step()
+                    self.step_started = None
+                    self._publish(touched)
+                    if self.on_step is not None:
+                        self.on_step()
                 elif not (self._compiles and self.engine.runner.compile_next()):
                     with self._wake:
                         self._wake.wait_for(lambda: self._calls or self._stopping)

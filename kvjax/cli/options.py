@@ -137,9 +137,14 @@ def add_engine(parser: argparse.ArgumentParser) -> None:
 
 def open_llm(args: argparse.Namespace) -> LLM:
     """The engine that the flags describe."""
+    return LLM(args.model, **(engine_settings(args) | {"seed": None}))
+
+
+def engine_settings(args: argparse.Namespace) -> dict[str, Any]:
+    """What the flags say of the engine, as arguments of `LLM` or `AsyncLLM`."""
     names = [field.name for field in dataclasses.fields(EngineConfig) if hasattr(args, field.name)]
-    settings = {name: getattr(args, name) for name in names if name != "seed"}
-    return LLM(args.model, tensor_parallel_size=args.tensor_parallel_size, **settings)
+    settings = {name: getattr(args, name) for name in names}
+    return {**settings, "tensor_parallel_size": args.tensor_parallel_size}
 
 
 def _shown(default: Any) -> str:
