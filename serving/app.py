@@ -55,7 +55,7 @@ def create_app(service: Service) -> FastAPI:
     _generating(app, service)
     _describing(app, service)
     _operating(app, service, app.state.hub)
-    app.openapi = lambda: _schema(app)  # type: ignore[method-assign]
+    app.openapi = lambda: _schema(app)
     return app
 
 

@@ -13,6 +13,8 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from kvjax.serving.config import ServeConfig
 from kvjax.serving.errors import APIError
 
+_DISCARDED = 8  # bodies of the largest size that are read and thrown away behind an answer
+
 
 class _Refused(Exception):
     """Stops the parser; `Connection.refusal` says why."""
@@ -26,12 +28,14 @@ class Connection(HttpToolsProtocol):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.refusal = APIError(400, "invalid HTTP request")
-        self._unparsed = 0  # bytes since the parser last got anywhere
-        self._in_headers = False
+        self._unparsed = 0  # bytes of reads in which the parser got nowhere
+        self._advanced = False  # in this read
+        self._in_headers = self._in_body = False
+        self._discarded = 0  # bytes of a body that came after the answer to it
         self._header_timer: asyncio.TimerHandle | None = None
         self._write_timer: asyncio.TimerHandle | None = None
 
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+    def connection_made(self, transport: asyncio.Transport) -> None:
         """Starts the clock for the first headers."""
         super().connection_made(transport)
         if len(self.connections) > self.limits.max_connections:
@@ -49,8 +53,9 @@ class Connection(HttpToolsProtocol):
         """Feeds the parser; what leads nowhere is bounded."""
         if self.transport.is_closing():
             return
+        self._advanced = False
         super().data_received(data)
-        self._unparsed += len(data)
+        self._unparsed = 0 if self._advanced else self._unparsed + len(data)
         if self._unparsed > self.limits.max_header_bytes and not self.transport.is_closing():
             self._refuse_headers()
             self.send_400_response("")
@@ -66,7 +71,7 @@ class Connection(HttpToolsProtocol):
 
     def on_message_begin(self) -> None:
         """The first byte of a request."""
-        self._unparsed, self._in_headers = 0, True
+        self._advanced = self._in_headers = True
         self._await_headers()
         super().on_message_begin()
 
@@ -77,23 +82,37 @@ class Connection(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         """All headers: the request starts, if they are not too much."""
-        self._unparsed, self._in_headers = 0, False
+        self._advanced, self._in_headers = True, False
         self._stop(self._header_timer)
         size = len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers)
         if size > self.limits.max_header_bytes:
             self._refuse_headers()
             raise _Refused
+        self._in_body, self._discarded = True, 0
         super().on_headers_complete()
 
     def on_body(self, body: bytes) -> None:
-        """A piece of the body."""
-        self._unparsed = 0
+        """A piece of the body; nobody wants it if the answer is out already."""
+        self._advanced = True
         super().on_body(body)
+        if self.cycle.response_complete:
+            self._discarded += len(body)
+            if self._discarded > _DISCARDED * self.limits.max_body_bytes:
+                self.transport.close()
 
     def on_message_complete(self) -> None:
         """The end of the body."""
-        self._unparsed = 0
+        self._advanced, self._in_body = True, False
+        if self._discarded:
+            self._stop(self._header_timer)
         super().on_message_complete()
+
+    def on_response_complete(self) -> None:
+        """The answer is out: whoever still sends the body has some time to end it."""
+        super().on_response_complete()
+        if self._in_body:
+            self._stop(self._header_timer)
+            self._header_timer = self.loop.call_later(self.limits.body_timeout, self._too_slow)
 
     # ---- clocks -----------------------------------------------------------------------------
 

@@ -1,6 +1,7 @@
 """The way in: a request id, a key, and a body of bounded size that comes in bounded time."""
 
 import asyncio
+import contextlib
 import json
 import logging
 import secrets
@@ -21,6 +22,7 @@ OPEN = frozenset({"/health", "/ready", "/version", "/openapi.json"})  # no key n
 OPERATORS = ("/metrics", "/v1/kv/", "/ui")  # what is common to all tenants
 _ID_LENGTH = 128
 _CLOSE = {"Connection": "close"}
+_DISCARDED = 8  # bodies of the largest size that are read and thrown away before a 413
 
 
 class Gate:
@@ -47,14 +49,15 @@ class Gate:
                 message = {**message, "headers": [*message["headers"], own]}
             await send(message)
 
+        limit = self._service.config.max_body_bytes
+        body = _Body(receive, limit, self._service.config.body_timeout)
         try:
             scope["kvjax.tenant"] = self._tenant(scope["path"], headers)
-            limit = self._service.config.max_body_bytes
             if int(headers.get("content-length") or 0) > limit:
                 raise APIError(413, _too_large(limit), headers=_CLOSE)
-            body = _Body(receive, limit, self._service.config.body_timeout)
             await self._app(scope, body, send_with_id)
         except APIError as error:
+            await body.discard()
             await error.response()(scope, receive, send_with_id)
         finally:
             seconds = time.monotonic() - start
@@ -111,8 +114,18 @@ class _Body:
             self._bytes += len(message.get("body", b""))
             self._complete = not message.get("more_body", False)
             if self._bytes > self._limit:
+                await self.discard()
                 raise HTTPException(413, _too_large(self._limit), _CLOSE)
         return message
+
+    async def discard(self) -> None:
+        """Reads on for a while: many a client reads no answer before it has sent its body."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self._deadline - time.monotonic()):
+                while not self._complete and self._bytes <= _DISCARDED * self._limit:
+                    message = await self._receive()
+                    self._bytes += len(message.get("body", b""))
+                    self._complete = not message.get("more_body", False)
 
 
 def _too_large(limit: int) -> str:

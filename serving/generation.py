@@ -7,7 +7,7 @@ import asyncio
 import contextlib
 import dataclasses
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from collections.abc import Sequence as Seq
 from typing import Any, Protocol
 
@@ -116,7 +116,7 @@ class Generation(Response):
 
     # ---- running ----------------------------------------------------------------------------
 
-    async def _outputs(self) -> AsyncIterator[tuple[int, RequestOutput]]:
+    async def _outputs(self) -> AsyncGenerator[tuple[int, RequestOutput], None]:
         """Snapshots of all jobs, with the job's number, as they come."""
         if len(self._jobs) == 1:
             async with contextlib.aclosing(self._run(0)) as outputs:
@@ -151,7 +151,7 @@ class Generation(Response):
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _run(self, index: int) -> AsyncIterator[RequestOutput]:
+    async def _run(self, index: int) -> AsyncGenerator[RequestOutput, None]:
         """Snapshots of one job; the last one is final. Raises the request's own error."""
         job, metrics = self._jobs[index], self._service.metrics
         clock, output = TokenClock(metrics), None

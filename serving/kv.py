@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+from collections.abc import AsyncIterator
 from typing import Any
 
 from fastapi.responses import Response
@@ -59,7 +60,7 @@ class EventHub:
         self._changing = asyncio.Lock()
 
     @contextlib.asynccontextmanager
-    async def subscription(self) -> Any:
+    async def subscription(self) -> AsyncIterator["asyncio.Queue[Event | None]"]:
         """A queue that begins with what is cached now. None in it is the end."""
         queue: asyncio.Queue[Event | None] = asyncio.Queue()
         llm, loop = self._service.llm, asyncio.get_running_loop()

@@ -54,6 +54,7 @@ class Server(uvicorn.Server):
         self._tasks: set[asyncio.Task[None]] = set()
         self._failure: BaseException | None = None
         self._signals = 0
+        self.port: int | None = None  # once it listens
 
     def run_until_stopped(self) -> None:
         """Serves until a signal. Raises what kept the model from being loaded."""
@@ -66,7 +67,8 @@ class Server(uvicorn.Server):
 
     async def _run(self, listener: socket.socket) -> None:
         self._loop = asyncio.get_running_loop()
-        self._start(self._load(listener.getsockname()[1]))
+        self.port = listener.getsockname()[1]
+        self._start(self._load())
         self._start(self._watch())
         await self.serve(sockets=[listener])
         for task in self._tasks:
@@ -79,7 +81,7 @@ class Server(uvicorn.Server):
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _load(self, port: int) -> None:
+    async def _load(self) -> None:
         """Loads and compiles while `/health` already answers; then says that it is ready."""
         start = time.monotonic()
         try:
@@ -92,11 +94,11 @@ class Server(uvicorn.Server):
             self._failure, self.should_exit = error, True
             return
         self.service.open(llm)
-        host = self._limits.host
+        host, compiled = self._limits.host, llm.engine.runner.compiles
+        address = f"http://{f'[{host}]' if ':' in host else host}:{self.port}"
         print(
-            f"kvjax: ready: {self.service.model} at http://{f'[{host}]' if ':' in host else host}:"
-            f"{port} (loaded in {loaded - start:.1f} s, {llm.engine.runner.compiles} programs in "
-            f"{time.monotonic() - loaded:.1f} s)",
+            f"kvjax: ready: {self.service.model} at {address} (loaded in {loaded - start:.1f} s, "
+            f"{compiled} programs in {time.monotonic() - loaded:.1f} s)",
             flush=True,
         )
 

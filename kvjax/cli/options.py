@@ -137,13 +137,16 @@ def add_engine(parser: argparse.ArgumentParser) -> None:
 
 def open_llm(args: argparse.Namespace) -> LLM:
     """The engine that the flags describe."""
-    return LLM(args.model, **(engine_settings(args) | {"seed": None}))
+    return LLM(args.model, **engine_settings(args))
 
 
 def engine_settings(args: argparse.Namespace) -> dict[str, Any]:
-    """What the flags say of the engine, as arguments of `LLM` or `AsyncLLM`."""
+    """What the flags say of the engine, as arguments of `LLM` or `AsyncLLM`.
+
+    A `--seed` is of the sampling parameters, where a command has these.
+    """
     names = [field.name for field in dataclasses.fields(EngineConfig) if hasattr(args, field.name)]
-    settings = {name: getattr(args, name) for name in names}
+    settings = {name: getattr(args, name) for name in names if name != "seed"}
     return {**settings, "tensor_parallel_size": args.tensor_parallel_size}
 
 

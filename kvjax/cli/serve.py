@@ -90,7 +90,7 @@ def run(args: argparse.Namespace) -> int:
     names = ServeConfig.__dataclass_fields__
     config = ServeConfig(**{name: getattr(args, name) for name in names})
     _set_up_logs(args)
-    engine = options.engine_settings(args)
+    engine = options.engine_settings(args) | {"seed": args.seed}
     Server(model, config, engine).run_until_stopped()
     return 0
 
