@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 from kvjax.build import build, tensor_parallel_mesh
 from kvjax.config import EngineConfig
 from kvjax.errors import KVJaxError
+from kvjax.grammar import Grammars
 from kvjax.intake import Prompt
 from kvjax.models.tokenizers import Tokenizer
 from kvjax.request import RequestOutput, SamplingParams
@@ -160,6 +161,11 @@ class AsyncLLM:
     def max_model_len(self) -> int:
         """The longest prompt and output together, in tokens."""
         return self._intake.max_model_len
+
+    @property
+    def grammars(self) -> Grammars:
+        """What compiles structured outputs; a grammar compiled before costs a request nothing."""
+        return self._intake.grammars
 
     def shutdown(self) -> None:
         """Ends the thread; open streams close with an error. Blocks while a step is under way."""

@@ -21,6 +21,7 @@ from kvjax.decode import (
     DecodeState,
     RowRequest,
     SampleOutput,
+    load_masks,
     load_seat,
     pack_rows,
     seat_features,
@@ -32,6 +33,7 @@ from kvjax.schedule import Chunk, Limits, StepPlan
 from kvjax.sequence import Sequence
 from kvjax.step import Bucket, StepBatch, StepLayout, ints, step
 
+_BESIDE = ("copy_pages", "load_seat", "load_masks")  # programs beside the step
 _SMALLEST = 16  # tokens of the smallest mixed program
 
 
@@ -99,7 +101,7 @@ class Runner:
 
     def compile_next(self) -> str | None:
         """Compiles one more program; its name, or None when all are there."""
-        for key in ("copy_pages", "load_seat", *self.buckets):
+        for key in (*_BESIDE, *self.buckets):
             if key not in self._programs:
                 self._program(key)
                 return str(key)
@@ -108,7 +110,7 @@ class Runner:
     @property
     def is_warm(self) -> bool:
         """Whether every program is compiled."""
-        return len(self._programs) == len(self.buckets) + 2
+        return len(self._programs) == len(self.buckets) + len(_BESIDE)
 
     def _program(self, key: "Bucket | str") -> Any:
         if key not in self._programs:
@@ -128,6 +130,9 @@ class Runner:
         if key == "load_seat":
             features = seat_features(SamplingParams(), self.config.vocab_size)
             return load_seat.lower(state, np.int32(0), features).compile()
+        if key == "load_masks":
+            seats, masks = self._mask_arrays()
+            return load_masks.lower(state, seats, masks).compile()
         assert isinstance(key, Bucket)
         layout = self._layout(key)
 
@@ -166,6 +171,7 @@ class Runner:
             self._copy(plan.copies)
         for sequence in plan.loads:
             self._load_seat(sequence)
+        self._load_masks(plan)
         self.real_tokens += plan.num_tokens
         self.padded_tokens += bucket.tokens
         self.pages, self.state, out = program(
@@ -193,6 +199,24 @@ class Runner:
         )
         assert sequence.seat is not None
         self.state = self._program("load_seat")(self.state, np.int32(sequence.seat), features)
+
+    def _load_masks(self, plan: StepPlan) -> None:
+        """Tells the device what the sequences with a grammar may draw in this step."""
+        drawing = [c.sequence for c in plan.chunks if c.samples and c.sequence.grammar is not None]
+        if not drawing:
+            return
+        seats, masks = self._mask_arrays()
+        for row, sequence in enumerate(drawing):
+            assert sequence.grammar is not None
+            assert sequence.seat is not None
+            seats[row], masks[row] = sequence.seat, sequence.grammar.mask()
+        self.state = self._program("load_masks")(self.state, seats, masks)
+
+    def _mask_arrays(self) -> tuple[np.ndarray, np.ndarray]:
+        """Padding: seats past all of them, with any mask."""
+        rows = self.limits.max_num_seqs
+        words = -(-self.config.vocab_size // 32)
+        return np.full(rows, rows + 1, np.int32), np.zeros((rows, words), np.int32)
 
     def _bucket(self, plan: StepPlan) -> Bucket:
         """The smallest program that holds the plan."""
@@ -318,6 +342,7 @@ def _row_request(owner: RowOwner) -> RowRequest:
         active=owner.draws,
         forced_token=-1 if owner.draws else sequence.tokens[owner.position],
         want_logprobs=wants is not None,
+        uses_grammar=owner.draws and sequence.grammar is not None,
     )
 
 

@@ -12,6 +12,8 @@ import enum
 from collections.abc import Hashable
 from typing import Protocol
 
+import numpy as np
+
 from kvjax.errors import KVJaxError
 from kvjax.request import FinishReason, PositionLogprobs, RequestMetrics, SamplingParams
 
@@ -30,6 +32,23 @@ class TextSink(Protocol):
 
     def push(self, token_id: int, last: bool) -> str | None:
         """Takes the next token; returns the stop string if the text is now complete."""
+        ...
+
+
+class GrammarMatcher(Protocol):
+    """What a sequence's tokens must match (`kvjax.grammar.Matcher`)."""
+
+    @property
+    def complete(self) -> bool:
+        """Whether nothing can follow."""
+        ...
+
+    def mask(self) -> np.ndarray:
+        """Tokens that may come next, as bits: i32[ceil(vocab / 32)]."""
+        ...
+
+    def accept(self, token: int) -> bool:
+        """Takes the token that came; False if it is not allowed."""
         ...
 
 
@@ -79,6 +98,7 @@ class Sequence:
     keeps_pages: bool = False  # parked, not released, when finished
     end_token_ids: tuple[int, ...] = ()
     text: TextSink | None = None
+    grammar: GrammarMatcher | None = None
     logprobs: list[PositionLogprobs] | None = None
     cumulative_logprob: float = 0.0
     finish_reason: FinishReason | None = None

@@ -30,6 +30,7 @@ async def chat(service: Service, request: Request, body: ChatRequest) -> Generat
         max_tokens=body.max_completion_tokens or body.max_tokens,
         cache_salt=request.scope["kvjax.tenant"].cache_salt(body.cache_salt),
     )
+    await service.compile_grammar(params)
     text = conversation(
         tokenizer, body.messages, body.chat_template_kwargs, generate=body.add_generation_prompt
     )

@@ -29,6 +29,7 @@ async def complete(service: Service, request: Request, body: CompletionRequest) 
         **({} if body.max_tokens is None else {"max_tokens": body.max_tokens}),
     )
     params = dataclasses.replace(params, prompt_logprobs=prompt_logprobs_)
+    await service.compile_grammar(params)
     tokenizer, jobs = llm.get_tokenizer(), []
     for prompt in body.prompts:
         if isinstance(prompt, str):

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from kvjax.request import MAX_LOGIT_BIAS, MAX_LOGPROBS, SamplingParams
+from kvjax.request import MAX_LOGIT_BIAS, MAX_LOGPROBS, SamplingParams, StructuredOutputs
 
 MAX_N = 128  # completions of one prompt
 MAX_PROMPTS = 256  # prompts of one body
@@ -41,6 +41,44 @@ class StreamOptions(Body):
     include_obfuscation: bool | None = None  # accepted, and never done
 
 
+class JSONSchema(Body):
+    """A JSON schema under a name. What it says is always enforced."""
+
+    name: str
+    description: str | None = None
+    schema_: dict[str, Any] = Field(alias="schema")
+    strict: bool | None = None
+
+
+class TextFormat(Body):
+    """Any text."""
+
+    type: Literal["text"]
+
+
+class JSONObjectFormat(Body):
+    """Any JSON object."""
+
+    type: Literal["json_object"]
+
+
+class JSONSchemaFormat(Body):
+    """A JSON value that a schema describes."""
+
+    type: Literal["json_schema"]
+    json_schema: JSONSchema
+
+
+class StructuredOutputsBody(Body):
+    """What the answer must be: exactly one of these."""
+
+    json_: dict[str, Any] | str | None = Field(None, alias="json")
+    json_object: bool | None = None
+    regex: Text | None = None
+    choice: Annotated[list[Text], Field(min_length=1, max_length=1024)] | None = None
+    grammar: Text | None = None  # Lark
+
+
 class Sampling(Body):
     """How to generate. A field that is null or missing has the default of `SamplingParams`."""
 
@@ -70,6 +108,10 @@ class Sampling(Body):
     cache_salt: Text | None = None
     skip_reading_prefix_cache: bool | None = None
     extra_args: dict[str, Any] | None = None
+    response_format: TextFormat | JSONObjectFormat | JSONSchemaFormat | None = Field(
+        None, discriminator="type"
+    )
+    structured_outputs: StructuredOutputsBody | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     return_token_ids: bool | None = None
@@ -80,9 +122,31 @@ class Sampling(Body):
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
 
+    def structured(self) -> StructuredOutputs | None:
+        """What the answer must be, if anything. Raises `ValueError` if it is said twice."""
+        own, asked = self.response_format, self.structured_outputs
+        if isinstance(own, TextFormat):
+            own = None
+        if own is not None and asked is not None:
+            raise ValueError("give either response_format or structured_outputs")
+        if isinstance(own, JSONObjectFormat):
+            return StructuredOutputs(json_object=True)
+        if isinstance(own, JSONSchemaFormat):
+            return StructuredOutputs(json=own.json_schema.schema_)
+        if asked is None:
+            return None
+        return StructuredOutputs(
+            json=asked.json_,
+            json_object=bool(asked.json_object),
+            regex=asked.regex,
+            choice=asked.choice,
+            grammar=asked.grammar,
+        )
+
     def params(self, **own: Any) -> SamplingParams:
         """The library's parameters; `own` are those that the endpoint settles. `ValueError`."""
         given = {name: getattr(self, name) for name in _PASSED}
+        given["structured_outputs"] = self.structured()
         if self.logit_bias is not None:
             given["logit_bias"] = {int(token): bias for token, bias in self.logit_bias.items()}
         return SamplingParams(**{k: v for k, v in given.items() if v is not None}, **own)

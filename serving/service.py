@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from kvjax.async_llm import AsyncLLM
+from kvjax.request import SamplingParams, StructuredOutputs
 from kvjax.serving.admission import Admission
 from kvjax.serving.config import ServeConfig
 from kvjax.serving.errors import APIError
@@ -75,6 +76,12 @@ class Service:
     def next_id(self, prefix: str) -> str:
         """An id for an answer, unlike any other of this server."""
         return f"{prefix}-{self.created:x}{next(self._ids):08x}"
+
+    async def compile_grammar(self, params: SamplingParams) -> None:
+        """Compiles what the answer must be, beside the event loop: it can take a second."""
+        asked = params.structured_outputs
+        if isinstance(asked, StructuredOutputs):
+            await asyncio.to_thread(self.llm.grammars.matcher, asked)
 
     async def beside(self, size: int, work: Callable[[], list[int]]) -> list[int]:
         """Tokenises: at once what is short, else in a thread, one long text at a time."""

@@ -44,6 +44,7 @@ def test_defaults_are_those_of_vllm_where_it_has_the_field():
         "logit_bias": None,
         "allowed_token_ids": None,
         "bad_words": (),
+        "structured_outputs": None,
         "skip_special_tokens": True,
         "include_stop_str_in_output": False,
         "priority": 0,
