@@ -36,7 +36,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measures, prints and writes."""
-    sizes = {"max_model_len": 1024, "max_num_seqs": _STREAMS, "max_num_batched_tokens": 512}
+    sizes: dict[str, Any] = {
+        "max_model_len": 1024,
+        "max_num_seqs": _STREAMS,
+        "max_num_batched_tokens": 512,
+    }
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in sizes.items()]
     command = [sys.executable, "-m", "kvjax.cli", "serve", args.model, "--port=0", "--quiet"]
     server = subprocess.Popen(
@@ -63,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-async def _measure(args: argparse.Namespace, sizes: dict[str, int], port: int) -> dict[str, Any]:
+async def _measure(args: argparse.Namespace, sizes: dict[str, Any], port: int) -> dict[str, Any]:
     from kvjax import AsyncLLM
 
     llm = AsyncLLM(args.model, dtype=args.dtype, compile_when_idle=False, **sizes)
@@ -71,7 +75,8 @@ async def _measure(args: argparse.Namespace, sizes: dict[str, int], port: int) -
     source = _Prompts(llm)
     rates: list[tuple[float, float]] = []
     added: list[float] = []
-    await _streams(_direct, llm, source), await _streams(_over_http, port, source)  # warm
+    await _streams(_direct, llm, source)  # warm
+    await _streams(_over_http, port, source)
     for _ in range(args.rounds):
         direct = await _streams(_direct, llm, source)
         rates.append((direct, await _streams(_over_http, port, source)))

@@ -291,6 +291,9 @@ _FLAGS = (
 )
 
 
+_TINY, _HUGE = 1.2e-38, 3.4e38  # the device computes in float32
+
+
 def _integer(name: str, value: object, low: int, high: int) -> int:
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise ValueError(f"{name} must be an integer in [{low}, {high}], got {value!r}")
@@ -308,7 +311,8 @@ def _number(name: str, value: object, low: float, high: float, *, open_low: bool
         number = float(value)
     except OverflowError:
         number = math.inf
-    if not math.isfinite(number) or not low <= number <= high or (open_low and number == low):
+    outside = not low <= number <= high or abs(number) > _HUGE or (open_low and number < _TINY)
+    if outside or not math.isfinite(number):
         raise ValueError(f"{name} must be a finite number in {limit}, got {value!r}")
     return number
 

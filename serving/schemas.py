@@ -197,6 +197,35 @@ class Message(BaseModel):
         return fields
 
 
+class ToolDescription(Body):
+    """What a tool is called, does and takes."""
+
+    name: Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]
+    description: str | None = None
+    parameters: dict[str, Any] | None = None  # a JSON schema
+    strict: bool | None = None
+
+
+class Tool(Body):
+    """A function that the model may ask for."""
+
+    type: Literal["function"]
+    function: ToolDescription
+
+
+class FunctionName(Body):
+    """A tool by its name."""
+
+    name: str
+
+
+class ChosenTool(Body):
+    """The tool that must be called."""
+
+    type: Literal["function"]
+    function: FunctionName
+
+
 class ChatRequest(Sampling):
     """`POST /v1/chat/completions`."""
 
@@ -204,6 +233,9 @@ class ChatRequest(Sampling):
     max_completion_tokens: int | None = Field(None, ge=1, lt=2**31)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    tools: Annotated[list[Tool], Field(max_length=128)] | None = None
+    tool_choice: Literal["none", "auto", "required"] | ChosenTool | None = None
+    parallel_tool_calls: bool | None = None  # accepted: the model decides
     add_generation_prompt: bool = True
     chat_template_kwargs: dict[str, Any] | None = None
     reasoning_effort: str | None = None  # accepted, and changes nothing

@@ -58,6 +58,8 @@ BAD = [  # field, value, what the message says of the limit
     ("n", 0, "[1, 16384], got 0"),
     ("n", True, "integer in [1, 16384], got True"),
     ("n", 1.5, "integer in [1, 16384], got 1.5"),
+    ("temperature", 1e300, "finite number"),
+    ("repetition_penalty", 1e-320, "finite number"),
     ("max_tokens", 0, "[1, 2147483647], got 0"),
     ("max_tokens", "many", "got 'many'"),
     ("min_tokens", -1, "got -1"),

@@ -136,6 +136,7 @@ def _wants_logprobs(request: RowRequest) -> bool:
 
 def _argument(params: SamplingParams, name: str, default: float) -> float:
     value = (params.extra_args or {}).get(name, default)
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or abs(value) > 3.4e38:
         raise ValueError(f"extra_args[{name!r}] must be a number, got {value!r}")
     return value
