@@ -21,6 +21,7 @@ from kvjax.intake import Prompt
 from kvjax.models.tokenizers import Tokenizer
 from kvjax.request import RequestOutput, SamplingParams
 from kvjax.sequence import Request
+from kvjax.sessions import Keep, Sessions
 
 
 @dataclasses.dataclass(eq=False)
@@ -31,6 +32,7 @@ class _Stream:
     loop: asyncio.AbstractEventLoop
     news: asyncio.Event = dataclasses.field(default_factory=asyncio.Event)
     newest: RequestOutput | BaseException | None = None
+    keep: Keep | None = None
 
     def send(self, item: RequestOutput | BaseException) -> bool:
         """Hands an output over, from the engine's thread; whether anybody can still listen."""
@@ -78,6 +80,8 @@ class AsyncLLM:
         self.engine, self._intake = built.engine, built.intake
         self._tokenizer = built.tokenizer
         self._compiles = compile_when_idle
+        self.sessions = Sessions(self.engine)  # for the engine's thread: use `call`
+        self.engine.reclaim = self.sessions.drop_oldest
         self._calls: collections.deque[_Call] = collections.deque()
         self._streams: dict[str, _Stream] = {}  # engine thread only
         self._wake = threading.Condition()
@@ -94,15 +98,17 @@ class AsyncLLM:
         prompt: Prompt,
         sampling_params: SamplingParams | None = None,
         request_id: str | None = None,
+        keep: Keep | None = None,
     ) -> AsyncGenerator[RequestOutput, None]:
         """Streams snapshots of one request, the last with `finished`.
 
+        With `keep`, the KV of its first completion then stays for the session's next request.
         Leaving the iteration aborts the request. Raises `ValueError` for bad input before any
         device work, and the request's own error if it fails.
         """
         params = sampling_params or SamplingParams()
         request = self._intake.request(prompt, params, request_id=request_id)
-        stream = _Stream(request, asyncio.get_running_loop())
+        stream = _Stream(request, asyncio.get_running_loop(), keep=keep)
         self._call(lambda error: self._add(stream, error))
         finished = False
         try:
@@ -192,6 +198,7 @@ class AsyncLLM:
             stream.send(error)
             return
         self._streams[request_id] = stream
+        stream.request.sequences[0].keeps_pages = stream.keep is not None
         self.engine.add(stream.request)
 
     def _abort(self, stream: _Stream | None, error: BaseException | None) -> None:
@@ -201,7 +208,13 @@ class AsyncLLM:
         if self._streams.get(stream.request.request_id) is stream:
             del self._streams[stream.request.request_id]
             self.engine.abort(stream.request)
+            self._keep(stream)
             stream.send(self._intake.output(stream.request))
+
+    def _keep(self, stream: _Stream) -> None:
+        """A request is over: its session, if any, takes what it has computed."""
+        if stream.keep is not None:
+            self.sessions.keep(stream.keep, stream.request.sequences[0])
 
     def _loop(self) -> None:
         error: BaseException = KVJaxError("the engine was shut down")
@@ -209,6 +222,7 @@ class AsyncLLM:
             while not self._stopping:
                 while self._calls and not self._stopping:
                     self._calls.popleft()(None)
+                next_end = self.sessions.expire()
                 if self.engine.has_work:
                     self.step_started = time.monotonic()
                     touched = self.engine.step()
@@ -218,7 +232,7 @@ class AsyncLLM:
                         self.on_step()
                 elif not (self._compiles and self.engine.runner.compile_next()):
                     with self._wake:
-                        self._wake.wait_for(lambda: self._calls or self._stopping)
+                        self._wake.wait_for(lambda: self._calls or self._stopping, next_end)
         except BaseException as failure:
             self._error = error = failure
             raise
@@ -241,6 +255,7 @@ class AsyncLLM:
                 heard = stream.send(self._intake.output(request, streaming=not request.finished))
             if request.finished:
                 del self._streams[request.request_id]
+                self._keep(stream)
             elif not heard:  # the caller's loop is closed
                 self._abort(stream, None)
 

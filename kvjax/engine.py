@@ -66,6 +66,8 @@ class Engine:
         self.scheduler = Scheduler(pool, tree, self.limits, clock)
         self.runner = Runner(model, spec, num_pages, self.limits)
         self._decode_token = decode_token
+        # Gives parked pages back that nobody must have, when a request cannot run otherwise.
+        self.reclaim: Callable[[], bool] | None = None
         self._in_flight: Dispatched | None = None
         self._parked: set[Sequence] = set()
         self._abandoned: collections.deque[Sequence] = collections.deque()
@@ -104,6 +106,11 @@ class Engine:
         self.scheduler.fork(parent, sequence)
         sequence.status = Status.FINISHED
         self._parked.add(sequence)
+
+    @property
+    def parked(self) -> frozenset[Sequence]:
+        """Sequences that are over and keep their pages."""
+        return frozenset(self._parked)
 
     @property
     def has_work(self) -> bool:
@@ -249,7 +256,7 @@ class Engine:
     def _explain_standstill(self) -> None:
         """Nothing runs, nothing is on its way: the first in the queue can never be served."""
         stuck = self.scheduler.stuck()
-        if stuck is not None:
+        if stuck is not None and not (self.reclaim is not None and self.reclaim()):
             sequence, why = stuck
             self._fail(sequence.request, why)
 

@@ -54,6 +54,7 @@ def create_app(service: Service) -> FastAPI:
     install_handlers(app)
     _generating(app, service)
     _describing(app, service)
+    _sessions(app, service)
     _operating(app, service, app.state.hub)
     app.openapi = lambda: _schema(app)
     return app
@@ -109,6 +110,35 @@ def _describing(app: FastAPI, service: Service) -> None:
         """Versions."""
         jax_version = importlib.metadata.version("jax")
         return {"version": __version__, "jax": jax_version, "platform": jax.default_backend()}
+
+
+def _sessions(app: FastAPI, service: Service) -> None:
+    @app.get("/v1/sessions", response_model=replies.SessionList, responses=_ERRORS)
+    async def sessions(request: Request) -> Any:
+        """The conversations of this key whose KV is kept."""
+        tenant = request.scope["kvjax.tenant"].name
+        found = await service.llm.call(service.llm.sessions.describe)
+        mine = [(one.key[1], one) for one in found if one.key[0] == tenant]
+        return {
+            "sessions": [
+                {
+                    "id": name,
+                    "tokens": one.num_tokens,
+                    "pages": one.num_pages,
+                    "seconds_left": one.seconds_left,
+                }
+                for name, one in mine
+            ]
+        }
+
+    @app.delete("/v1/sessions/{session_id}", response_model=replies.SessionGone, responses=_ERRORS)
+    async def forget(session_id: str, request: Request) -> Any:
+        """Gives the KV of a conversation up before its time."""
+        key = (request.scope["kvjax.tenant"].name, session_id)
+        gone = await service.llm.call(lambda: service.llm.sessions.forget(key))
+        if not gone:
+            raise APIError(404, f"there is no session {session_id!r}", code="session_not_found")
+        return {"id": session_id, "deleted": True}
 
 
 def _operating(app: FastAPI, service: Service, hub: EventHub) -> None:

@@ -44,10 +44,13 @@ async def chat(service: Service, request: Request, body: ChatRequest) -> Generat
         tools=None if tools is None else tools.described,
     )
     ids = await service.beside(len(text), lambda: tokenizer.encode(text, add_special_tokens=False))
+    keep = body.keep(request.scope["kvjax.tenant"], prompts=1)
     answer_id = service.next_id("chatcmpl")
     reader = None if tools is None else tools.reader
     wording = ChatWording(service, answer_id, body, reader)
-    return Generation(service, answer_id, [Job(ids, params)], wording, stream=bool(body.stream))
+    return Generation(
+        service, answer_id, [Job(ids, params)], wording, stream=bool(body.stream), keep=keep
+    )
 
 
 def conversation(

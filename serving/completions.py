@@ -40,9 +40,10 @@ async def complete(service: Service, request: Request, body: CompletionRequest) 
         else:
             text = tokenizer.decode(prompt) if body.echo else None
             jobs.append(Job(prompt, params, text))
+    keep = body.keep(request.scope["kvjax.tenant"], prompts=len(jobs))
     answer_id = service.next_id("cmpl")
     wording = CompletionWording(service, answer_id, body, jobs)
-    return Generation(service, answer_id, jobs, wording, stream=bool(body.stream))
+    return Generation(service, answer_id, jobs, wording, stream=bool(body.stream), keep=keep)
 
 
 class CompletionWording:

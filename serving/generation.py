@@ -19,6 +19,7 @@ from kvjax.request import RequestOutput, SamplingParams
 from kvjax.serving.errors import APIError, api_error
 from kvjax.serving.metrics import TokenClock
 from kvjax.serving.service import Service
+from kvjax.sessions import Keep
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,11 +55,18 @@ class Generation(Response):
     """Runs the jobs while it answers. Leaving early, however it happens, aborts them."""
 
     def __init__(
-        self, service: Service, answer_id: str, jobs: list[Job], wording: Wording, *, stream: bool
+        self,
+        service: Service,
+        answer_id: str,
+        jobs: list[Job],
+        wording: Wording,
+        *,
+        stream: bool,
+        keep: Keep | None = None,
     ) -> None:
         super().__init__()
         self._service, self._id, self._jobs = service, answer_id, jobs
-        self._wording, self._stream = wording, stream
+        self._wording, self._stream, self._keep = wording, stream, keep
         self._newest: list[RequestOutput | None] = [None] * len(jobs)
         self._started = False
 
@@ -157,7 +165,7 @@ class Generation(Response):
         clock, output = TokenClock(metrics), None
         prompt = {"prompt_token_ids": job.prompt_ids}
         request_id = f"{self._id}-{index}"
-        outputs = self._service.llm.generate(prompt, job.params, request_id)
+        outputs = self._service.llm.generate(prompt, job.params, request_id, self._keep)
         try:
             async with contextlib.aclosing(outputs):
                 async for output in outputs:

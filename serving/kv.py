@@ -22,14 +22,16 @@ def stats(engine: Engine) -> dict[str, Any]:
     scheduler = engine.scheduler
     pool, tree = scheduler.pool, scheduler.tree
     held = {page for s in (*scheduler.running, *scheduler.waiting) for page in s.page_ids}
+    pinned = {page for s in engine.parked for page in s.page_ids} - held
     counts = tree.stats if tree is not None else None
     tokens = counts.query_tokens if counts else 0
     return {
         "pages": {
             "total": pool.num_pages,
             "free": pool.num_free,
-            "cached_only": pool.num_pages - pool.num_free - len(held),
+            "cached_only": pool.num_pages - pool.num_free - len(held) - len(pinned),
             "held": len(held),
+            "pinned": len(pinned),
             "page_size": pool.page_size,
         },
         "prefix_cache": {

@@ -219,12 +219,16 @@ class Version(Reply):
 
 
 class PageCounts(Reply):
-    """Every page once: free, only cached, or held by requests (which the cache may hold, too)."""
+    """Every page once: free, only cached, held by requests, or pinned by sessions and branches.
+
+    What is held or pinned may be cached, too.
+    """
 
     total: int
     free: int
     cached_only: int
     held: int
+    pinned: int
     page_size: int
 
 
@@ -256,6 +260,28 @@ class KVStats(Reply):
     pages: PageCounts
     prefix_cache: PrefixCacheStats
     requests: RequestCounts
+
+
+class Session(Reply):
+    """A conversation whose KV is kept."""
+
+    id: str
+    tokens: int
+    pages: int
+    seconds_left: float
+
+
+class SessionList(Reply):
+    """Answer of `/v1/sessions`."""
+
+    sessions: list[Session]
+
+
+class SessionGone(Reply):
+    """Answer of `DELETE /v1/sessions/{id}`."""
+
+    id: str
+    deleted: bool
 
 
 class ResetReply(Reply):

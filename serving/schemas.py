@@ -8,10 +8,13 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from kvjax.request import MAX_LOGIT_BIAS, MAX_LOGPROBS, SamplingParams, StructuredOutputs
+from kvjax.serving.keys import Tenant
+from kvjax.sessions import Keep
 
 MAX_N = 128  # completions of one prompt
 MAX_PROMPTS = 256  # prompts of one body
 MAX_STOPS = 16
+MAX_SESSION_SECONDS = 86_400.0  # that a conversation's KV may be kept between two turns
 
 TokenIds = Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(max_length=2**20)]
 Text = Annotated[str, Field(min_length=1)]
@@ -115,6 +118,8 @@ class Sampling(Body):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     return_token_ids: bool | None = None
+    session_id: Annotated[str, Field(min_length=1, max_length=128)] | None = None
+    session_seconds: float = Field(300, gt=0, le=MAX_SESSION_SECONDS)
     user: str | None = None  # this and the next are accepted, and change nothing
     metadata: dict[str, Any] | None = None
     store: bool | None = None
@@ -142,6 +147,14 @@ class Sampling(Body):
             choice=asked.choice,
             grammar=asked.grammar,
         )
+
+    def keep(self, tenant: Tenant, prompts: int) -> Keep | None:
+        """The session that the KV is kept for, if any. Raises `ValueError` for several prompts."""
+        if self.session_id is None:
+            return None
+        if prompts != 1:
+            raise ValueError(f"a session has one prompt at a time, got {prompts}")
+        return Keep((tenant.name, self.session_id), self.session_seconds)
 
     def params(self, **own: Any) -> SamplingParams:
         """The library's parameters; `own` are those that the endpoint settles. `ValueError`."""
