@@ -1,12 +1,13 @@
 """The routes, and the OpenAPI schema that describes them."""
 
 import importlib.metadata
+from pathlib import Path
 from typing import Annotated, Any
 
 import jax
 from fastapi import FastAPI, Query, Request
 from fastapi.openapi.utils import get_openapi
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import HTMLResponse, JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from kvjax import __version__
@@ -16,6 +17,7 @@ from kvjax.serving.completions import complete
 from kvjax.serving.errors import APIError, install_handlers
 from kvjax.serving.gate import OPEN, Gate
 from kvjax.serving.kv import EventHub, EventStream, stats
+from kvjax.serving.occupancy import occupancy
 from kvjax.serving.schemas import (
     ChatRequest,
     CompletionRequest,
@@ -24,6 +26,7 @@ from kvjax.serving.schemas import (
 )
 from kvjax.serving.service import Service
 
+_PAGE = Path(__file__).with_name("ui.html")
 _ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": replies.ErrorReply, "description": text}
     for status, text in (
@@ -173,6 +176,22 @@ def _operating(app: FastAPI, service: Service, hub: EventHub) -> None:
     async def kv_reset() -> Any:
         """Forgets every cached prefix that nobody is using."""
         return {"freed_pages": await service.llm.reset_prefix_cache()}
+
+    @app.get("/v1/kv/occupancy", response_model=replies.Occupancy, responses=_ERRORS)
+    async def kv_occupancy() -> Any:
+        """What is in each page, the requests and the prefix tree: what `/ui` draws.
+
+        Where keys tell tenants apart, nobody's text is in it.
+        """
+        llm = service.llm
+        decode = llm.get_tokenizer().decode if service.keys is None else None
+        state = await llm.call(lambda: occupancy(llm.engine, decode))
+        return JSONResponse({"model": service.model, **state})
+
+    @app.get("/ui", response_class=HTMLResponse, include_in_schema=False)
+    async def ui() -> str:
+        """The page. It has no data of its own."""
+        return _PAGE.read_text(encoding="utf-8")
 
     event_content = {200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}}
 

@@ -18,8 +18,8 @@ from kvjax.serving.service import Service
 
 log = logging.getLogger("kvjax.serving.access")
 
-OPEN = frozenset({"/health", "/ready", "/version", "/openapi.json"})  # no key needed
-OPERATORS = ("/metrics", "/v1/kv/", "/ui")  # what is common to all tenants
+OPEN = frozenset({"/health", "/ready", "/version", "/openapi.json", "/ui"})  # no key needed
+OPERATORS = ("/metrics", "/v1/kv/")  # what is common to all tenants
 _ID_LENGTH = 128
 _CLOSE = {"Connection": "close"}
 _DISCARDED = 8  # bodies of the largest size that are read and thrown away before a 413

@@ -262,6 +262,42 @@ class KVStats(Reply):
     requests: RequestCounts
 
 
+class OccupyingRequest(Reply):
+    """A sequence that runs or waits."""
+
+    id: str
+    status: str
+    prompt: int
+    reused: int
+    computed: int
+    output: int
+    pages: int
+    texts: list[str] | None  # of the prompt: reused, computed, still to be computed
+
+
+class TreeNode(Reply):
+    """A span of the prefix tree; `parent` is its parent's place in the list, or -1."""
+
+    parent: int
+    start: int
+    end: int
+    pages: int
+    hits: int
+    used: int
+    text: str | None
+
+
+class Occupancy(Reply):
+    """Answer of `/v1/kv/occupancy`."""
+
+    model: str
+    stats: KVStats
+    computed_tokens: int
+    pages: list[str]  # free, cached, pinned, shared, or r and the place in `requests`
+    requests: list[OccupyingRequest]
+    nodes: list[TreeNode]
+
+
 class Session(Reply):
     """A conversation whose KV is kept."""
 
