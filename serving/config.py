@@ -12,6 +12,7 @@ class ServeConfig:
     port: int = 8000  # 0: any free one
     served_model_name: str | None = None  # None: the MODEL that was asked for
     api_key_file: Path | None = None  # None: no key is asked for
+    otlp_endpoint: str | None = None  # of OpenTelemetry, such as http://localhost:4318/v1/traces
     max_queue: int = 256  # completions that may wait beside the `max_num_seqs` that run
     max_body_bytes: int = 4 << 20
     max_header_bytes: int = 64 << 10  # request line and headers

@@ -12,6 +12,7 @@ from collections.abc import Sequence as Seq
 from typing import Any, Protocol
 
 from fastapi.responses import JSONResponse, Response
+from starlette.datastructures import Headers
 from starlette.types import Receive, Scope, Send
 
 from kvjax.errors import StepFailed
@@ -68,10 +69,12 @@ class Generation(Response):
         self._service, self._id, self._jobs = service, answer_id, jobs
         self._wording, self._stream, self._keep = wording, stream, keep
         self._newest: list[RequestOutput | None] = [None] * len(jobs)
+        self._headers = Headers()
         self._started = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answers. What fails before the first byte has a status of its own, later an event."""
+        self._headers = Headers(scope=scope)
         try:
             completions = sum(job.params.n for job in self._jobs)
             with self._service.admission.enter(completions):
@@ -175,6 +178,8 @@ class Generation(Response):
                         if any(c.finish_reason == "abort" for c in output.outputs):
                             raise APIError(503, "the request was aborted", code="aborted")
                         metrics.finish(output, job.params)
+                        if self._service.tracing is not None:
+                            self._service.tracing.finish(output, job.params, self._headers)
                     yield output
         except StepFailed:
             metrics.finished.labels("error").inc()

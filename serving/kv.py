@@ -59,7 +59,6 @@ class EventHub:
     def __init__(self, service: Service) -> None:
         self._service = service
         self._queues: set[asyncio.Queue[Event | None]] = set()
-        self._changing = asyncio.Lock()
 
     @contextlib.asynccontextmanager
     async def subscription(self) -> AsyncIterator["asyncio.Queue[Event | None]"]:
@@ -72,40 +71,36 @@ class EventHub:
 
         def publish(change: Event) -> None:
             with contextlib.suppress(RuntimeError):  # the loop is closed: nobody listens
-                loop.call_soon_threadsafe(self._spread, change)
+                loop.call_soon_threadsafe(self._push, queue, change)
 
         observer = BlockEvents(llm.engine.spec.page_size, publish)
 
         def join() -> None:
             for known in observer.snapshot(tree):
                 loop.call_soon_threadsafe(queue.put_nowait, known)
-            loop.call_soon_threadsafe(self._queues.add, queue)
-            tree.observer = observer
+            tree.observers.append(observer)
 
-        def leave() -> None:
-            tree.observer = None
-
-        async with self._changing:
-            await llm.call(join)
+        self._queues.add(queue)
         try:
+            await llm.call(join)
             yield queue
         finally:
             self._queues.discard(queue)
-            async with self._changing:
-                if not self._queues and llm.is_alive:
-                    await llm.call(leave)
+            if llm.is_alive:
+                await llm.call(lambda: tree.observers.remove(observer))
 
     def close(self) -> None:
         """Ends every stream."""
         for queue in self._queues:
             queue.put_nowait(None)
 
-    def _spread(self, change: Event) -> None:
-        for queue in list(self._queues):
-            queue.put_nowait(change)
-            if queue.qsize() > _BEHIND:  # it comes back, and gets a snapshot
-                self._queues.discard(queue)
-                queue.put_nowait(None)
+    def _push(self, queue: "asyncio.Queue[Event | None]", change: Event) -> None:
+        if queue not in self._queues:
+            return
+        queue.put_nowait(change)
+        if queue.qsize() > _BEHIND:  # it comes back, and gets a snapshot
+            self._queues.discard(queue)
+            queue.put_nowait(None)
 
 
 class EventStream(Response):

@@ -1,13 +1,15 @@
 """Prometheus metrics. Names follow vLLM's with the prefix `kvjax:`; times are in seconds."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 
+import numpy as np
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 
 from kvjax.async_llm import AsyncLLM
+from kvjax.cache.radix import RadixNode
 from kvjax.request import RequestMetrics, RequestOutput, SamplingParams
 
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
@@ -52,6 +54,9 @@ class Metrics:
         self.params_n = histogram("request_params_n", "`n` of requests.", _COUNTS)
         self.params_max = histogram("request_params_max_tokens", "`max_tokens`.", _TOKENS)
         self.preempted = histogram("request_num_preemptions", "Preemptions.", (0, *_COUNTS))
+        self.page_life = seconds("kv_block_lifetime", "A page's time in the prefix cache.")
+        self.page_idle = seconds("kv_block_idle_before_evict", "Last use of a page to its end.")
+        self.page_gap = seconds("kv_block_reuse_gap", "Between two uses of a cached page.")
         self.step_tokens = histogram("iteration_tokens_total", "Tokens of a step.", _TOKENS)
         self._real_tokens = 0
 
@@ -59,6 +64,8 @@ class Metrics:
         """Adds what is read from the engine: as a scrape asks for it, and after each step."""
         self.registry.register(_EngineCollector(llm, model))
         self._real_tokens = llm.engine.runner.real_tokens
+        if llm.engine.scheduler.tree is not None:
+            llm.engine.scheduler.tree.observers.append(PageTimes(self))
 
         def step_is_over() -> None:
             tokens = llm.engine.runner.real_tokens
@@ -104,6 +111,44 @@ class Metrics:
     def text(self) -> bytes:
         """What a scrape gets."""
         return generate_latest(self.registry)
+
+
+class PageTimes:
+    """A `TreeObserver` that observes how long pages stay in the prefix cache, and are not used."""
+
+    def __init__(self, metrics: Metrics, clock: Callable[[], float] = time.monotonic) -> None:
+        self._metrics, self._clock = metrics, clock
+        self._pages: dict[int, tuple[float, float]] = {}  # when it came, when it was used last
+
+    def matched(self, page_ids: Sequence[int]) -> None:
+        """These pages are used again."""
+        now = self._clock()
+        for page in page_ids:
+            if page in self._pages:
+                came, used = self._pages[page]
+                self._metrics.page_gap.observe(now - used)
+                self._pages[page] = (came, now)
+
+    def stored(
+        self, namespace: Hashable, tokens: np.ndarray, known: int, page_ids: Sequence[int]
+    ) -> None:
+        """These pages came."""
+        now = self._clock()
+        for page in page_ids:
+            self._pages.setdefault(page, (now, now))
+
+    def removed(self, node: RadixNode, kept: int, page_ids: Sequence[int]) -> None:
+        """These pages go."""
+        now = self._clock()
+        for page in page_ids:
+            if page in self._pages:
+                came, used = self._pages.pop(page)
+                self._metrics.page_life.observe(now - came)
+                self._metrics.page_idle.observe(now - used)
+
+    def cleared(self) -> None:
+        """All go, and none of them for its age."""
+        self._pages.clear()
 
 
 class TokenClock:

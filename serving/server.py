@@ -75,6 +75,8 @@ class Server(uvicorn.Server):
             task.cancel()
         if self.service.is_open:
             await asyncio.to_thread(self.service.llm.shutdown)
+        if self.service.tracing is not None:
+            await asyncio.to_thread(self.service.tracing.shutdown)
 
     def _start(self, work: Any) -> None:
         task = asyncio.create_task(work)

@@ -14,6 +14,7 @@ from kvjax.serving.config import ServeConfig
 from kvjax.serving.errors import APIError
 from kvjax.serving.keys import Keys
 from kvjax.serving.metrics import Metrics
+from kvjax.serving.tracing import Tracing
 
 Health = Literal["loading", "ok", "draining", "hung", "dead"]
 
@@ -29,6 +30,8 @@ class Service:
         self.created = int(time.time())
         self.keys = Keys.read(Path(config.api_key_file)) if config.api_key_file else None
         self.metrics = Metrics()
+        endpoint = config.otlp_endpoint
+        self.tracing = Tracing(endpoint, self.model) if endpoint else None
         self.admission = Admission(1, config.max_queue)
         self._llm: AsyncLLM | None = None
         self._ids = itertools.count()

@@ -9,7 +9,7 @@ and before the first block stands `root_hash(namespace)`, which the tenant's sal
 
 import hashlib
 import json
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,13 +25,18 @@ class BlockEvents:
     def __init__(self, page_size: int, publish: Callable[[Event], None]) -> None:
         self._page_size, self._publish = page_size, publish
 
-    def stored(self, namespace: Hashable, tokens: np.ndarray, known: int) -> None:
+    def matched(self, page_ids: Sequence[int]) -> None:
+        """Nothing changes."""
+
+    def stored(
+        self, namespace: Hashable, tokens: np.ndarray, known: int, page_ids: Sequence[int]
+    ) -> None:
         """Publishes the blocks that are complete now and were not before."""
         event = self._stored(namespace, tokens, known)
         if event is not None:
             self._publish(event)
 
-    def removed(self, node: RadixNode, kept: int) -> None:
+    def removed(self, node: RadixNode, kept: int, page_ids: Sequence[int]) -> None:
         """Publishes the blocks that are complete no more."""
         hashes = block_hashes(node.namespace, path_tokens(node), self._page_size)
         gone = hashes[kept // self._page_size :]

@@ -1,6 +1,6 @@
 """Who is told what enters and leaves the prefix cache."""
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -10,14 +10,22 @@ if TYPE_CHECKING:
 
 
 class TreeObserver(Protocol):
-    """`RadixTree.observer`. Called inside the change: it must neither raise nor touch the tree."""
+    """One of `RadixTree.observers`. Called inside the change: it must neither raise nor touch the
+    tree."""
 
-    def stored(self, namespace: Hashable, tokens: np.ndarray, known: int) -> None:
-        """`tokens` are cached now, of which the first `known` were before."""
+    def matched(self, page_ids: Sequence[int]) -> None:
+        """A request found these pages."""
         ...
 
-    def removed(self, node: "RadixNode", kept: int) -> None:
-        """`node`, still in its place, is about to lose its tokens from index `kept` on."""
+    def stored(
+        self, namespace: Hashable, tokens: np.ndarray, known: int, page_ids: Sequence[int]
+    ) -> None:
+        """`tokens` are cached now, of which the first `known` were before; these pages are new."""
+        ...
+
+    def removed(self, node: "RadixNode", kept: int, page_ids: Sequence[int]) -> None:
+        """`node`, still in its place, is about to lose its tokens from index `kept` on, and these
+        pages, unless others hold them."""
         ...
 
     def cleared(self) -> None:

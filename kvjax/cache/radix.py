@@ -122,7 +122,7 @@ class RadixTree:
     def __init__(self, pool: PagePool, policy: EvictionPolicy | None = None) -> None:
         self._pool, self._policy = pool, policy or LRU()
         self._page_size = pool.page_size
-        self.observer: TreeObserver | None = None
+        self.observers: list[TreeObserver] = []
         self._roots: dict[Hashable, RadixNode] = {}
         self._held: dict[int, int] = {}  # page id -> nodes that reference it
         self._heap: list[tuple[tuple[float, ...], int, RadixNode]] = []  # lazy: see _queue
@@ -176,6 +176,8 @@ class RadixTree:
             node.hits += 1
             node = node.parent
         self._queue(deepest)
+        for observer in self.observers:
+            observer.matched(table)
         return Match(num_tokens, tuple(table), deepest)
 
     def insert(
@@ -229,8 +231,8 @@ class RadixTree:
         self._queue(node)
         self._num_tokens += len(ids) - known
         self._inserted_tokens += len(ids) - known
-        if self.observer is not None:
-            self.observer.stored(namespace, ids, known)
+        for observer in self.observers:
+            observer.stored(namespace, ids, known, fresh)
         return len(ids) - known
 
     def lock(self, node: RadixNode) -> None:
@@ -288,8 +290,8 @@ class RadixTree:
         self._held.clear()
         self._heap.clear()
         self._num_nodes = self._num_tokens = 0
-        if self.observer is not None:
-            self.observer.cleared()
+        for observer in self.observers:
+            observer.cleared()
 
     def check_integrity(self) -> None:
         """Asserts every invariant of the tree. Reads only; linear in tokens and pages."""
@@ -356,10 +358,10 @@ class RadixTree:
     def _truncate(self, node: RadixNode, cut: int) -> None:
         """Drops the pages of a leaf from the `cut`-th on; at 0 the whole leaf."""
         assert not node.children, "only leaves go"
-        if self.observer is not None:
-            kept = (node.start // self._page_size + cut) * self._page_size
-            self.observer.removed(node, max(kept, node.start))
         dropped, held = node.pages[cut:], self._held
+        kept = max((node.start // self._page_size + cut) * self._page_size, node.start)
+        for observer in self.observers:
+            observer.removed(node, kept, dropped)
         for page in dropped:
             held[page] -= 1
             if held[page] == 0:

@@ -48,6 +48,7 @@ def _add_server(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--port", type=int, default=8000, metavar="N", help="0: any free one")
     group.add_argument("--served-model-name", metavar="NAME", help="what clients call it")
     group.add_argument("--api-key-file", metavar="FILE", help="lines of `NAME KEY [operator]`")
+    group.add_argument("--otlp-endpoint", metavar="URL", help="send OpenTelemetry spans there")
     group.add_argument(
         "--log-format", choices=("text", "json"), default="text", help="of lines on standard error"
     )

@@ -55,7 +55,7 @@ def cached_blocks(tree: RadixTree, texts: list[tuple[str, str]]) -> set[str]:
 def test_an_index_kept_from_events_is_what_the_tree_holds(actions):
     pool = PagePool(64, PAGE)
     tree, index = RadixTree(pool), Index()
-    tree.observer = BlockEvents(PAGE, index.take)
+    tree.observers.append(BlockEvents(PAGE, index.take))
     stored: list[tuple[str, str]] = []
     for action in actions:
         if isinstance(action, int):

@@ -84,7 +84,7 @@ class Client:
         self.engine.check_integrity()
         pages = self.get("/v1/kv/stats")[1]["pages"]
         assert pages["held"] == 0
-        assert pages["free"] + pages["cached_only"] == pages["total"]
+        assert pages["free"] + pages["cached_only"] + pages["pinned"] == pages["total"]
 
 
 def until(condition: Callable[[], Any], seconds: float = WAIT) -> None:

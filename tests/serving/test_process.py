@@ -104,6 +104,7 @@ def test_a_second_sigterm_stops_at_once(start, tiny_path):
         assert time.monotonic() - begun < 2
 
 
+@pytest.mark.slow
 def test_a_killed_server_starts_again_from_the_same_folders(start, tiny_path, tmp_path):
     cache = {"KVJAX_CACHE_DIR": str(tmp_path / "cache")}
     body = b'{"prompt": "ab", "max_tokens": 500, "ignore_eos": true, "temperature": 0}'
