@@ -85,6 +85,8 @@ async def load(client: Client, expected: list[list[str]], deadline: float) -> di
     return counts
 
 
+# The client's unfinished streams are collected in whichever thread is running.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.slow
 def test_under_load_every_answer_is_the_offline_one_and_nothing_grows(tiny_path):
     expected = offline(tiny_path)
