@@ -52,7 +52,9 @@ def run(args: argparse.Namespace) -> int:
         found = re.search(r"at http://[^:]+:(\d+)", line)
         if found is None:
             raise ValueError(f"the server did not start: {line!r}")
-        record = asyncio.run(_measure(args, sizes, int(found[1])))
+        import uvloop
+
+        record = uvloop.run(_measure(args, sizes, int(found[1])))
     finally:
         server.terminate()
         server.wait()
@@ -77,9 +79,13 @@ async def _measure(args: argparse.Namespace, sizes: dict[str, Any], port: int) -
     added: list[float] = []
     await _streams(_direct, llm, source)  # warm
     await _streams(_over_http, port, source)
-    for _ in range(args.rounds):
-        direct = await _streams(_direct, llm, source)
-        rates.append((direct, await _streams(_over_http, port, source)))
+    for round_ in range(args.rounds):
+        if round_ % 2:
+            http = await _streams(_over_http, port, source)
+            rates.append((await _streams(_direct, llm, source), http))
+        else:
+            direct = await _streams(_direct, llm, source)
+            rates.append((direct, await _streams(_over_http, port, source)))
         for length in _LENGTHS:
             for _ in range(_REPEATS):
                 text, ids = source.next(length)

@@ -5,6 +5,7 @@ import atexit
 import collections
 import contextlib
 import dataclasses
+import functools
 import threading
 import time
 from collections.abc import AsyncGenerator, Callable
@@ -37,11 +38,12 @@ class _Stream:
     def send(self, item: RequestOutput | BaseException) -> bool:
         """Hands an output over, from the engine's thread; whether anybody can still listen."""
 
-        def deliver() -> None:
-            self.newest = item
-            self.news.set()
+        return _call_soon(self.loop, lambda: self.deliver(item))
 
-        return _call_soon(self.loop, deliver)
+    def deliver(self, item: RequestOutput | BaseException) -> None:
+        """The same from the loop's own thread."""
+        self.newest = item
+        self.news.set()
 
     async def receive(self) -> RequestOutput:
         """The newest output not seen yet; raises what was sent instead of one."""
@@ -51,6 +53,14 @@ class _Stream:
             raise self.newest
         assert self.newest is not None
         return self.newest
+
+
+_News = tuple[_Stream, RequestOutput | BaseException]
+
+
+def _deliver(items: list[_News]) -> None:
+    for stream, item in items:
+        stream.deliver(item)
 
 
 # Work for the engine's thread. It is called with None, or with why it cannot be done any more.
@@ -245,19 +255,21 @@ class AsyncLLM:
                 stream.send(error)
 
     def _publish(self, requests: list[Request]) -> None:
+        """Hands over what a step has brought: one call per loop, or waking it costs the most."""
+        news: dict[asyncio.AbstractEventLoop, list[_News]] = {}
         for request in requests:
             stream = self._streams.get(request.request_id)
             if stream is None or stream.request is not request:
                 continue
-            if request.error is not None:
-                heard = stream.send(request.error)
-            else:
-                heard = stream.send(self._intake.output(request, streaming=not request.finished))
+            item = request.error or self._intake.output(request, streaming=not request.finished)
+            news.setdefault(stream.loop, []).append((stream, item))
             if request.finished:
                 del self._streams[request.request_id]
                 self._keep(stream)
-            elif not heard:  # the caller's loop is closed
-                self._abort(stream, None)
+        for loop, items in news.items():
+            if not _call_soon(loop, functools.partial(_deliver, items)):  # the loop is closed
+                for stream, _ in items:
+                    self._abort(stream, None)
 
 
 def _call_soon(loop: asyncio.AbstractEventLoop, fn: Callable[[], None]) -> bool:

@@ -21,6 +21,7 @@ from kvjax.serving.service import Service
 
 log = logging.getLogger("kvjax.serving")
 
+_SWITCH = 0.0005  # seconds for which the engine's thread may keep the event loop from the GIL
 _WATCH = 1.0  # seconds between two looks at the engine
 _LEFTOVERS = 5  # seconds that connections have to close once no request runs
 
@@ -58,6 +59,7 @@ class Server(uvicorn.Server):
 
     def run_until_stopped(self) -> None:
         """Serves until a signal. Raises what kept the model from being loaded."""
+        sys.setswitchinterval(_SWITCH)
         with listen(self._limits.host, self._limits.port) as listener:
             uvicorn_loop = self.config.get_loop_factory()
             with asyncio.Runner(loop_factory=uvicorn_loop) as runner:
