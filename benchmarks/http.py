@@ -22,6 +22,7 @@ from typing import Any
 from kvjax.benchmarks import manifest, prompts
 
 _STREAMS, _PROMPT, _OUTPUT = 16, 64, 128
+_CONTEXT = 1024
 _LENGTHS = (32, 128, 256, 512)
 _REPEATS = 8  # first tokens per length and round
 
@@ -37,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Measures, prints and writes."""
     sizes: dict[str, Any] = {
-        "max_model_len": 1024,
+        "max_model_len": _CONTEXT,
         "max_num_seqs": _STREAMS,
         "max_num_batched_tokens": 512,
     }
