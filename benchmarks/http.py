@@ -22,7 +22,7 @@ from typing import Any
 from kvjax.benchmarks import manifest, prompts
 
 _STREAMS, _PROMPT, _OUTPUT = 16, 64, 128
-_CONTEXT = 1024
+_CONTEXT, _STEP = 1024, 512
 _LENGTHS = (32, 128, 256, 512)
 _REPEATS = 8  # first tokens per length and round
 
@@ -40,25 +40,23 @@ def run(args: argparse.Namespace) -> int:
     sizes: dict[str, Any] = {
         "max_model_len": _CONTEXT,
         "max_num_seqs": _STREAMS,
-        "max_num_batched_tokens": 512,
+        "max_num_batched_tokens": _STEP,
     }
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in sizes.items()]
     command = [sys.executable, "-m", "kvjax.cli", "serve", args.model, "--port=0", "--quiet"]
-    server = subprocess.Popen(
-        [*command, f"--dtype={args.dtype}", *flags], stdout=subprocess.PIPE, text=True
-    )
-    try:
-        assert server.stdout is not None
-        line = server.stdout.readline()
-        found = re.search(r"at http://[^:]+:(\d+)", line)
-        if found is None:
-            raise ValueError(f"the server did not start: {line!r}")
-        import uvloop
+    command += [f"--dtype={args.dtype}", *flags]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
+        try:
+            assert server.stdout is not None
+            line = server.stdout.readline()
+            found = re.search(r"at http://[^:]+:(\d+)", line)
+            if found is None:
+                raise ValueError(f"the server did not start: {line!r}")
+            import uvloop
 
-        record = uvloop.run(_measure(args, sizes, int(found[1])))
-    finally:
-        server.terminate()
-        server.wait()
+            record = uvloop.run(_measure(args, sizes, int(found[1])))
+        finally:
+            server.terminate()
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(record, indent=1))
     throughput, first = record["throughput"], record["first_token"]

@@ -8,7 +8,13 @@ from tests.tiny_checkpoint import write_tiny_checkpoint
 
 
 def test_it_measures_both_sides_and_writes_every_round(tmp_path, monkeypatch, capsys):
-    for name, value in (("_STREAMS", 2), ("_PROMPT", 16), ("_OUTPUT", 8), ("_CONTEXT", 256)):
+    for name, value in (
+        ("_STREAMS", 2),
+        ("_PROMPT", 16),
+        ("_OUTPUT", 8),
+        ("_CONTEXT", 256),
+        ("_STEP", 32),
+    ):
         monkeypatch.setattr(http, name, value)
     monkeypatch.setattr(http, "_LENGTHS", (8, 16))
     model, out = write_tiny_checkpoint(tmp_path / "tiny"), tmp_path / "out.json"
