@@ -18,7 +18,7 @@ ENGINE = {
     "dtype": "float32", "max_num_seqs": 4, "max_num_batched_tokens": 64, "max_model_len": 256,
     "kv_cache_memory": 2 << 20, "deterministic": True, "tensor_parallel_size": 1, "seed": 0,
 }  # fmt: skip
-WAIT = 30.0
+WAIT = 60.0
 
 
 @dataclasses.dataclass

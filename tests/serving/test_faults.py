@@ -43,7 +43,7 @@ def fragile(tiny_path) -> Iterator[Client]:
     stage = Sabotage()
     register_stage(stage)
     try:
-        with serving(tiny_path, step_timeout=0.3) as client:
+        with serving(tiny_path, step_timeout=2.0) as client:
             yield client
     finally:
         LOGIT_STAGES.remove(stage)
@@ -99,13 +99,13 @@ def test_a_step_that_hangs_turns_health_red_until_it_is_over(fragile, caplog):
         waiting = pool.submit(ask, fragile, "ab")
         assert hung.wait(10)
         assert fragile.get("/health")[0] == 200, "it does not hang yet"
-        until(lambda: fragile.get("/health") == (503, {"status": "hung"}), 5)
+        until(lambda: fragile.get("/health") == (503, {"status": "hung"}), 20)
         assert fragile.get("/ready") == (503, {"status": "hung"})
-        assert fragile.metric("step_age_seconds") > 0.3
+        assert fragile.metric("step_age_seconds") > 2
         del fragile.engine.step
         go.set()
         assert waiting.result()[0] == 200
-        until(lambda: fragile.get("/health") == (200, {"status": "ok"}), 5)
+        until(lambda: fragile.get("/health") == (200, {"status": "ok"}), 20)
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")

@@ -150,7 +150,7 @@ def test_what_cannot_be_served_is_told_with_status_2(words, environment, says, t
     environment = {k: v for k, v in os.environ.items() if k != "KVJAX_MODEL"} | environment
     done = subprocess.run(
         [sys.executable, "-m", "kvjax.cli", "serve", *words],
-        capture_output=True, text=True, env=environment, timeout=60, check=False,
+        capture_output=True, text=True, env=environment, timeout=150, check=False,
     )  # fmt: skip
     assert (done.returncode, says in done.stderr) == (2, True), done.stderr
 
