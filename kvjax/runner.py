@@ -21,6 +21,7 @@ from kvjax.decode import (
     DecodeState,
     RowRequest,
     SampleOutput,
+    load_masks,
     load_seat,
     pack_rows,
     seat_features,
@@ -39,6 +40,7 @@ from kvjax.step_plan import Limits, Portion, StepPlan
 
 ProgramKey = Bucket | MoveShape | StagedShape | str
 
+_BESIDE = ("copy_pages", "load_seat", "load_masks")  # programs beside the step
 _SMALLEST = 16  # tokens of the smallest mixed program
 
 
@@ -117,7 +119,7 @@ class Runner:
 
     def compile_next(self) -> str | None:
         """Compiles one more program; its name, or None when all are there."""
-        for key in ("copy_pages", "load_seat", *self.buckets):
+        for key in (*_BESIDE, *self.buckets):
             if key not in self._programs:
                 self._program(key)
                 return str(key)
@@ -126,7 +128,7 @@ class Runner:
     @property
     def is_warm(self) -> bool:
         """Whether every program is compiled."""
-        return all(key in self._programs for key in ("copy_pages", "load_seat", *self.buckets))
+        return all(key in self._programs for key in (*_BESIDE, *self.buckets))
 
     def _program(self, key: ProgramKey) -> Any:
         if key not in self._programs:
@@ -150,6 +152,9 @@ class Runner:
             return self._compile_move(key, pages)
         if isinstance(key, StagedShape):
             return self._compile_staged(key, pages)
+        if key == "load_masks":
+            seats, masks = self._mask_arrays()
+            return load_masks.lower(state, seats, masks).compile()
         assert isinstance(key, Bucket)
         layout = self._layout(key)
 
@@ -213,6 +218,7 @@ class Runner:
         program, layout = self._program(bucket), self._layout(bucket)
         batch, owners = self._batch(plan, bucket, groups)
         self._prepare(plan)
+        self._load_masks(plan)
         self.real_tokens += plan.num_tokens
         self.padded_tokens += bucket.tokens
         self.cascade_steps += bucket.cascade
@@ -276,6 +282,26 @@ class Runner:
             [portion.sequence.page_ids for portion in plan.portions],
             [portion.stop for portion in plan.portions],
         )
+
+    def _load_masks(self, plan: StepPlan) -> None:
+        """Tells the device what the sequences with a grammar may draw in this step."""
+        drawing = [
+            c.sequence for c in plan.portions if c.samples and c.sequence.grammar is not None
+        ]
+        if not drawing:
+            return
+        seats, masks = self._mask_arrays()
+        for row, sequence in enumerate(drawing):
+            assert sequence.grammar is not None
+            assert sequence.seat is not None
+            seats[row], masks[row] = sequence.seat, sequence.grammar.mask()
+        self.state = self._program("load_masks")(self.state, seats, masks)
+
+    def _mask_arrays(self) -> tuple[np.ndarray, np.ndarray]:
+        """Padding: seats past all of them, with any mask."""
+        rows = self.limits.max_num_seqs
+        words = -(-self.config.vocab_size // 32)
+        return np.full(rows, rows + 1, np.int32), np.zeros((rows, words), np.int32)
 
     def _bucket(self, plan: StepPlan, cascade: bool = False) -> Bucket:
         """The smallest program that holds the plan."""
@@ -436,6 +462,7 @@ def _row_request(owner: RowOwner) -> RowRequest:
         active=owner.draws,
         forced_token=-1 if owner.draws else sequence.tokens[owner.position],
         want_logprobs=wants is not None,
+        uses_grammar=owner.draws and sequence.grammar is not None,
     )
 
 

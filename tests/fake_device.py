@@ -301,7 +301,7 @@ def audit(engine: Engine, runner: FakeRunner, parked: list[Sequence]) -> None:
             assert runner.slots.get(slot) == content(sequence.request, tokens[: index + 1])
             claims.setdefault(slot, set()).add(sequence)
     tree = scheduler.tree
-    for node in () if tree is None else tree._nodes():
+    for node in () if tree is None else tree.nodes():
         tokens, above = [], node
         while above is not None:
             tokens = [*above.tokens.tolist(), *tokens]

@@ -9,13 +9,18 @@ import pytest
 
 from kvjax.pallas_kernels import native
 
-SETS = {"avx512 alone": "-mno-avx512bf16 -mno-avx512vnni", "avx2": "-mno-avx512f", "sse": "-mno-avx"}
+SETS = {
+    "avx512 alone": "-mno-avx512bf16 -mno-avx512vnni",
+    "avx2": "-mno-avx512f",
+    "sse": "-mno-avx",
+}
 FILES = ("test_paged_attention.py", "test_bit_invariance.py", "test_linear.py")
 RUN = """
 import sys, pytest
 from kvjax.pallas_kernels import native
 native._FLAGS = (*native._FLAGS, *sys.argv[1].split())
-native.register(native.Path(sys.argv[2]), "kvjax_paged_attention")  # compiles, or the tests would skip
+# Compiled now, or the tests would skip.
+native.register(native.Path(sys.argv[2]), "kvjax_paged_attention")
 sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "-m", "not slow", "-k", "cpu or linear",
                       *sys.argv[3:]]))
 """
