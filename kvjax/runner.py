@@ -247,9 +247,7 @@ class Runner:
             program = self._program(move.shape)
             self.pages = program(self._weights, self.pages, *move.arrays)
 
-    def read(
-        self, slots: np.ndarray, shifts: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray | None]:
+    def read(self, slots: np.ndarray, shifts: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
         """KV in `slots`, float32 `[layers, slots, kv_heads, width]`, keys turned by `shifts`
         positions. Waits for what was dispatched before."""
         keys, values = [], []

@@ -13,6 +13,7 @@ from kvjax.errors import UnknownStrategy
 from kvjax.reuse.cacheblend import CacheBlend
 from kvjax.reuse.controls import Oracle, RandomTokens
 from kvjax.reuse.epic import Epic
+from kvjax.reuse.fusionrag import FusionRAG
 from kvjax.reuse.naive import Naive, NaiveWithoutRotation
 from kvjax.reuse.strategy import Strategy
 
@@ -20,6 +21,7 @@ __all__ = [
     "STRATEGIES",
     "CacheBlend",
     "Epic",
+    "FusionRAG",
     "Naive",
     "NaiveWithoutRotation",
     "Oracle",
@@ -38,7 +40,8 @@ class PrefixOnly(Strategy):
 STRATEGIES: dict[str, type[Strategy]] = {
     strategy.name: strategy
     for strategy in (
-        PrefixOnly, Naive, NaiveWithoutRotation, Epic, CacheBlend, RandomTokens, Oracle,
+        PrefixOnly, Naive, NaiveWithoutRotation, Epic, CacheBlend, FusionRAG,
+        RandomTokens, Oracle,
     )
 }  # fmt: skip
 

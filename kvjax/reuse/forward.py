@@ -53,8 +53,9 @@ class StagedBatch:
     tokens: Any  # i32[C]
     indices: Any  # i32[C]; -1 is padding
     always: Any  # bool[C]: no stored KV, so it runs in every stage
+    blended: Any  # bool[C]: its stored KV is not what a full prefill gives; what stages choose from
     question: Any  # bool[C]
-    chunks: Any  # i32[K, 2]
+    chunks: Any  # i32[K, 2]: spans of hits that are blended
     block_table: Any  # i32[1, P]
     num_tokens: Any  # i32[]: of the prompt, the last token included
     rows: tuple[Any, ...]  # i32[rows] candidates of each stage that names them; -1 is padding
@@ -203,7 +204,7 @@ def _views(spec: KVSpec, shape: StagedShape, batch: StagedBatch, indices, chosen
 
 def _choose(scores, eligible, batch: StagedBatch, number: int, rows: int) -> Array:
     """Candidates of a stage, ascending: what always runs, and the best of the rest."""
-    rest = eligible & ~batch.always
+    rest = eligible & batch.blended
     mean = jnp.where(rest, scores, 0).sum() / jnp.maximum(rest.sum(), 1)
     rest &= scores >= batch.thresholds[number] * mean
     ranked = jnp.argsort(jnp.where(rest, -scores, jnp.inf), stable=True)

@@ -1,5 +1,6 @@
 """KV read back for strategies."""
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -37,8 +38,9 @@ def test_keys_come_without_rotary_positions_and_layer_0_depends_on_the_token_alo
     assert k.shape == v.shape == shape
     assert k.dtype == v.dtype == np.float32
     model = tiny_model()
-    tokens = np.array(ids(FIRST))
-    _, wanted_k, wanted_v = model.project(0, model.embed(tokens), np.zeros(len(tokens), np.int32))
+    tokens = jnp.array(ids(FIRST))
+    _, wanted_k, wanted_v = model.project(0, model.embed(tokens), jnp.zeros(len(tokens), jnp.int32))
+    assert wanted_v is not None
     np.testing.assert_allclose(k[0], wanted_k, atol=1e-5)
     np.testing.assert_allclose(v[0], wanted_v, atol=1e-5)
 
