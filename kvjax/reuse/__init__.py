@@ -11,6 +11,7 @@ from typing import Any
 
 from kvjax.errors import UnknownStrategy
 from kvjax.reuse.cacheblend import CacheBlend
+from kvjax.reuse.cachetune import CacheTune
 from kvjax.reuse.controls import Oracle, RandomTokens
 from kvjax.reuse.epic import Epic
 from kvjax.reuse.fusionrag import FusionRAG
@@ -20,6 +21,7 @@ from kvjax.reuse.strategy import Strategy
 __all__ = [
     "STRATEGIES",
     "CacheBlend",
+    "CacheTune",
     "Epic",
     "FusionRAG",
     "Naive",
@@ -40,7 +42,7 @@ class PrefixOnly(Strategy):
 STRATEGIES: dict[str, type[Strategy]] = {
     strategy.name: strategy
     for strategy in (
-        PrefixOnly, Naive, NaiveWithoutRotation, Epic, CacheBlend, FusionRAG,
+        PrefixOnly, Naive, NaiveWithoutRotation, Epic, CacheBlend, FusionRAG, CacheTune,
         RandomTokens, Oracle,
     )
 }  # fmt: skip

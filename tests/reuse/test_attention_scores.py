@@ -1,6 +1,7 @@
 """Scores by attention, on keys made so that the softmax is known."""
 
 import types
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -28,10 +29,10 @@ def layer(rows, *, favourite=None, question=(16, TOKENS), value_change=None):
     if favourite is not None:
         k[favourite // 16, :, favourite % 16] = 10.0
     q = np.ones((len(rows), HEADS, WIDTH), np.float32)
-    model = types.SimpleNamespace(config=CONFIG, project=lambda *_: (jnp.asarray(q), None, None))
+    model: Any = types.SimpleNamespace(config=CONFIG, project=lambda *_: (jnp.asarray(q), None, None))
     rows = np.asarray(rows, np.int32)
     view = KVView(
-        write_slots=rows, visible_lo=jnp.zeros(len(rows), jnp.int32),
+        write_slots=jnp.asarray(rows), visible_lo=jnp.zeros(len(rows), jnp.int32),
         visible_hi=jnp.asarray(rows + 1), block_tables=jnp.array([[0, 1]], jnp.int32),
         kv_lens=jnp.array([TOKENS], jnp.int32),
     )  # fmt: skip

@@ -1,6 +1,7 @@
 """FusionRAG: enrichment, two passes, and the question's choice."""
 
 import dataclasses
+from typing import Any
 
 import pytest
 
@@ -88,11 +89,17 @@ def test_enriched_variants_are_preferred_and_raw_ones_serve_without_them():
     facts = ModelFacts(2, 64, 2048, 512)
     seen = Prompt(ids(SYSTEM + FIRST + QUESTION), (segment_of(FIRST, len(SYSTEM)),), None, facts)
     store = llm.chunks.store
-    assert enriched.look_up(seen, 0, store).base > 0
+
+    def base(strategy):
+        variant = strategy.look_up(seen, 0, store)
+        assert variant is not None
+        return variant.base
+
+    assert base(enriched) > 0
     assert enriched.wanted(seen, 0, store) is None
-    assert raw.look_up(seen, 0, store).base == 0
+    assert base(raw) == 0
     other = FusionRAG(neighbours=1)  # enriched with other settings is not what it asks for
-    assert other.look_up(seen, 0, store).base == 0
+    assert base(other) == 0
     assert other.wanted(seen, 0, store) == ()
 
 
@@ -113,7 +120,8 @@ def planned(strategy, tokens, *spans, exact=0):
     facts = ModelFacts(6, 64, 2048, 512)
     segments = tuple(Segment(a, b, "") for a, b in spans)
     prompt = Prompt(tuple(range(tokens)), segments, None, facts, exact)
-    hits = [Hit(i, s, None, s.start, s.stop) for i, s in enumerate(segments)]
+    unread: Any = None
+    hits = [Hit(i, s, unread, s.start, s.stop) for i, s in enumerate(segments)]
     return strategy.select(prompt, hits)
 
 
@@ -122,11 +130,13 @@ def test_the_first_pass_runs_all_text_without_kv_and_the_second_the_best_rows_of
     text = Spans(((3, 5), (13, 15), (27, 29)))
     best = TopK("question_attention_within", 5)
     assert plan == StagedPlan((Stage(0, 6, text), Stage(0, 6, best)))
+    assert isinstance(plan, StagedPlan)
     assert len(plan.passes) == 2
 
 
 def test_without_a_question_tokens_are_chosen_by_deviation():
     plan = planned(FusionRAG(ratio=0.25), 20, (5, 20))
+    assert isinstance(plan, StagedPlan)
     assert [s.rows.score for s in plan.stages if isinstance(s.rows, TopK)] == ["value_deviation"]
 
 
