@@ -23,7 +23,7 @@ from kvjax.reuse.strategy import CanonicalChunks, Hit, ModelFacts, Prompt, ReadK
 
 
 def low_passed(x: np.ndarray, band: float) -> np.ndarray:
-    """`x [layers, tokens, ...]` with the lowest `band` of its frequencies over tokens, one at least.
+    """`x [layers, tokens, ...]` with the lowest `band` of frequencies over tokens, one at least.
 
     The transform is periodic: the end of a chunk leaks into its start.
     """

@@ -17,9 +17,7 @@ def balanced_ratio(compute: float, load: float, floor: float = QUALITY_FLOOR) ->
       ValueError: a time is negative, both are 0, or the floor is no share.
     """
     if compute < 0 or load < 0 or compute + load == 0:
-        raise ValueError(
-            f"compute and load are seconds and not both 0, got {compute=}, {load=}"
-        )
+        raise ValueError(f"compute and load are seconds and not both 0, got {compute=}, {load=}")
     if not 0 <= floor <= 1:
         raise ValueError(f"floor must be in [0, 1], got {floor}")
     return max(floor, load / (compute + load))

@@ -29,7 +29,9 @@ def layer(rows, *, favourite=None, question=(16, TOKENS), value_change=None):
     if favourite is not None:
         k[favourite // 16, :, favourite % 16] = 10.0
     q = np.ones((len(rows), HEADS, WIDTH), np.float32)
-    model: Any = types.SimpleNamespace(config=CONFIG, project=lambda *_: (jnp.asarray(q), None, None))
+    model: Any = types.SimpleNamespace(
+        config=CONFIG, project=lambda *_: (jnp.asarray(q), None, None)
+    )
     rows = np.asarray(rows, np.int32)
     view = KVView(
         write_slots=jnp.asarray(rows), visible_lo=jnp.zeros(len(rows), jnp.int32),
