@@ -31,6 +31,7 @@ class _Job:
     tokens: Tokens
     context: Tokens
     request: Request
+    strategies: list[Strategy]  # whom it is for
 
 
 class Chunks:
@@ -39,10 +40,12 @@ class Chunks:
     def __init__(
         self, store: ChunkStore, facts: ModelFacts, scheduler: Scheduler,
         discard: Callable[[Branch], None], max_model_len: int,
+        read: Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray | None]],
     ) -> None:  # fmt: skip
+        """`read(slots, shifts)` gives the KV in these slots, keys turned by that many positions."""
         self.store, self.facts = store, facts
         self._scheduler, self._discard = scheduler, discard
-        self._max_model_len = max_model_len
+        self._max_model_len, self._read = max_model_len, read
         self._jobs: dict[VariantKey, _Job] = {}
         self._waiting: list[tuple[Request, list[VariantKey]]] = []
         self._numbers = itertools.count()
@@ -83,7 +86,7 @@ class Chunks:
             context = strategy.wanted(prompt, number, self.store)
             if context is not None:
                 tokens = prompt.chunk_tokens(number)
-                key = self.encode(tokens, context, request.params.cache_salt, like=request)
+                key = self.encode(tokens, context, request.params.cache_salt, strategy, request)
                 if key is not None:
                     keys.append(key)
         if keys:
@@ -91,13 +94,16 @@ class Chunks:
         return bool(keys)
 
     def encode(
-        self, tokens: Tokens, context: Tokens, salt: str | None, like: Request | None = None
-    ) -> VariantKey | None:
+        self, tokens: Tokens, context: Tokens, salt: str | None, strategy: Strategy,
+        like: Request | None = None,
+    ) -> VariantKey | None:  # fmt: skip
         """Queues the encoding of a variant; None if it is there, or will not be let in."""
         key = VariantKey(salt, tokens_hash(tokens), context_hash(context))
-        if self.store.get(key) is not None:
+        if (variant := self.store.get(key)) is not None:
+            strategy.annotate(variant, lambda: self.read(variant))
             return None
         if key in self._jobs:
+            self._jobs[key].strategies.append(strategy)
             return key
         total = len(context) + len(tokens)
         size = self._scheduler.pool.page_size
@@ -118,7 +124,7 @@ class Chunks:
         request.sequences.append(
             Branch(request, [*context, *tokens], num_prompt=total, keeps_pages=True)
         )
-        self._jobs[key] = _Job(key, tokens, context, request)
+        self._jobs[key] = _Job(key, tokens, context, request, [strategy])
         self._scheduler.add(request.sequences[0])
         return key
 
@@ -128,7 +134,7 @@ class Chunks:
             del self._jobs[job.key]
             (sequence,) = job.request.sequences
             if sequence.num_computed >= len(sequence.tokens):
-                self.store.put(self._variant(job, sequence))
+                self._store(self._variant(job, sequence), job.strategies)
             self._discard(sequence)
         ready = [
             request
@@ -137,6 +143,16 @@ class Chunks:
         ]
         self._waiting = [entry for entry in self._waiting if entry[0] not in ready]
         return [r for r in ready if not r.finished]
+
+    def _store(self, variant: Variant, strategies: Sequence[Strategy]) -> None:
+        if self.store.put(variant):
+            for strategy in strategies:
+                strategy.annotate(variant, lambda: self.read(variant))
+
+    def read(self, variant: Variant) -> tuple[np.ndarray, np.ndarray | None]:
+        """Its KV as `kvjax.reuse.strategy.ReadKV` says. Waits for the device."""
+        slots = variant.slots(0, variant.num_tokens, self._scheduler.pool.page_size)
+        return self._read(slots, -(variant.base + np.arange(variant.num_tokens, dtype=np.int32)))
 
     def _variant(self, job: _Job, sequence: Branch) -> Variant:
         size, start = self._scheduler.pool.page_size, len(job.context)
@@ -174,8 +190,13 @@ class Chunks:
         """The device lost every page: the store is empty, jobs start over with the others."""
         self.store.clear()
 
-    def put(self, tokens: Tokens, context: Tokens = (), salt: str | None = None) -> bool:
+    def put(
+        self, tokens: Tokens, context: Tokens = (), salt: str | None = None,
+        strategy: Strategy | None = None,
+    ) -> bool:  # fmt: skip
         """Queues the encoding of a chunk ahead of any prompt; whether it is on its way or there.
+
+        `strategy` annotates it once it is stored.
 
         Raises:
           ValueError: there are no tokens.
@@ -188,6 +209,6 @@ class Chunks:
                 f"the chunk has {len(context) + len(tokens)} tokens with its context; "
                 f"max_model_len={self._max_model_len} allows {self._max_model_len - 1}"
             )
-        key = self.encode(tokens, context, salt)
+        key = self.encode(tokens, context, salt, strategy or Strategy())
         wanted = VariantKey(salt, tokens_hash(tokens), context_hash(context))
         return key is not None or self.store.get(wanted) is not None

@@ -75,8 +75,9 @@ class Engine:
         store = ChunkStore(pool, int(config.chunk_cache_share * num_pages))
         self.scheduler = Scheduler(pool, tree, self.limits, clock, store, self._assemble)
         self.chunks = Chunks(
-            store, _facts(model, spec), self.scheduler, self.discard, max_model_len
-        )
+            store, _facts(model, spec), self.scheduler, self.discard, max_model_len,
+            lambda slots, shifts: self.runner.read(slots, shifts),
+        )  # fmt: skip
         if cascade is None:
             never = cascade_refusal(jax.default_backend())
             cascade = never is None and not config.deterministic

@@ -173,7 +173,7 @@ class LLM:
         parts = [part if isinstance(part, Chunk) else Chunk(part) for part in documents]
         corpus = [tuple(self._intake.marked_tokens([part])[1]) for part in parts]
         for tokens in corpus:
-            self.chunks.put(tokens, chosen.enrich(tokens, corpus), cache_salt)
+            self.chunks.put(tokens, chosen.enrich(tokens, corpus), cache_salt, chosen)
         while self.engine.has_work:
             self.engine.step()
         found = [self.chunks.store.variants(cache_salt, tokens_hash(tokens)) for tokens in corpus]

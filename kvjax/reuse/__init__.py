@@ -11,15 +11,23 @@ from typing import Any
 
 from kvjax.errors import UnknownStrategy
 from kvjax.reuse.cacheblend import CacheBlend
+from kvjax.reuse.cacheclip import CacheClip
+from kvjax.reuse.cachetune import CacheTune
 from kvjax.reuse.controls import Oracle, RandomTokens
 from kvjax.reuse.epic import Epic
+from kvjax.reuse.fusionrag import FusionRAG
+from kvjax.reuse.kvshare import KVShare
 from kvjax.reuse.naive import Naive, NaiveWithoutRotation
 from kvjax.reuse.strategy import Strategy
 
 __all__ = [
     "STRATEGIES",
     "CacheBlend",
+    "CacheClip",
+    "CacheTune",
     "Epic",
+    "FusionRAG",
+    "KVShare",
     "Naive",
     "NaiveWithoutRotation",
     "Oracle",
@@ -38,7 +46,8 @@ class PrefixOnly(Strategy):
 STRATEGIES: dict[str, type[Strategy]] = {
     strategy.name: strategy
     for strategy in (
-        PrefixOnly, Naive, NaiveWithoutRotation, Epic, CacheBlend, RandomTokens, Oracle,
+        PrefixOnly, Naive, NaiveWithoutRotation, Epic, CacheBlend, FusionRAG, CacheTune,
+        KVShare, CacheClip, RandomTokens, Oracle,
     )
 }  # fmt: skip
 

@@ -16,6 +16,7 @@ from kvjax.models import Transformer
 from kvjax.pallas_kernels import export_span, gather_slots, import_span
 from kvjax.reuse.plan import Spans, Stage, StagedPlan
 from kvjax.reuse.scores import SCORES, Layer
+from kvjax.reuse.windows import group_windows, most_grouped
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +30,7 @@ class StageShape:
     score: str | None  # what its last layer is scored by, for the stage after
     sums: bool  # scores add up over all its layers
     restores: bool  # rows that the next stage does not choose get their stored KV back
+    window: tuple[int, int] | None = None  # how chosen rows are grouped
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,8 +55,9 @@ class StagedBatch:
     tokens: Any  # i32[C]
     indices: Any  # i32[C]; -1 is padding
     always: Any  # bool[C]: no stored KV, so it runs in every stage
+    blended: Any  # bool[C]: its stored KV is not what a full prefill gives; what stages choose from
     question: Any  # bool[C]
-    chunks: Any  # i32[K, 2]
+    chunks: Any  # i32[K, 2]: spans of hits that are blended
     block_table: Any  # i32[1, P]
     num_tokens: Any  # i32[]: of the prompt, the last token included
     rows: tuple[Any, ...]  # i32[rows] candidates of each stage that names them; -1 is padding
@@ -87,6 +90,7 @@ def shape_of(
                 score=None if choice is None else choice.score,
                 sums=choice is not None and choice.layers == "sum",
                 restores=choice is not None and stage.update == "chosen",
+                window=None if isinstance(stage.rows, Spans) else stage.rows.window,
             )
         )
     chunks = 1 << max(0, (num_chunks - 1).bit_length())
@@ -96,7 +100,9 @@ def shape_of(
 def _num_rows(stage: Stage, num_candidates: int, num_always: int) -> int:
     if isinstance(stage.rows, Spans):
         return max(1, stage.rows.num_rows)
-    return max(1, min(num_candidates, stage.rows.k + num_always))
+    k, window = stage.rows.k, stage.rows.window
+    most = k if window is None else most_grouped(k, *window)
+    return max(1, min(num_candidates, most + num_always))
 
 
 def run_staged(
@@ -114,7 +120,7 @@ def run_staged(
             eligible = batch.indices >= 0
             if not fresh:
                 eligible &= _members(previous, shape.candidates)
-            ids = _choose(scores, eligible, batch, number, stage.rows)
+            ids = _choose(scores, eligible, batch, number, stage)
         else:
             ids = batch.rows[number]
         for layer, span, slots in stored:  # rows of the stage before that were not chosen
@@ -201,15 +207,18 @@ def _views(spec: KVSpec, shape: StagedShape, batch: StagedBatch, indices, chosen
     )
 
 
-def _choose(scores, eligible, batch: StagedBatch, number: int, rows: int) -> Array:
+def _choose(scores, eligible, batch: StagedBatch, number: int, stage: StageShape) -> Array:
     """Candidates of a stage, ascending: what always runs, and the best of the rest."""
-    rest = eligible & ~batch.always
+    rest = eligible & batch.blended
     mean = jnp.where(rest, scores, 0).sum() / jnp.maximum(rest.sum(), 1)
     rest &= scores >= batch.thresholds[number] * mean
     ranked = jnp.argsort(jnp.where(rest, -scores, jnp.inf), stable=True)
     rank = jnp.zeros_like(ranked).at[ranked].set(jnp.arange(len(ranked)))
-    taken = (batch.always & (batch.indices >= 0)) | (rest & (rank < batch.counts[number]))
-    return jnp.nonzero(taken, size=rows, fill_value=-1)[0].astype(jnp.int32)
+    best = rest & (rank < batch.counts[number])
+    if stage.window is not None:
+        best = group_windows(best, *stage.window) & eligible & batch.blended
+    taken = (batch.always & (batch.indices >= 0)) | best
+    return jnp.nonzero(taken, size=stage.rows, fill_value=-1)[0].astype(jnp.int32)
 
 
 def _members(ids, size: int) -> Array:

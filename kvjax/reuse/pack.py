@@ -127,7 +127,7 @@ def stage_prompt(
     assert plan is not None
     ((start, stop),) = assembly.reused
     indices = np.arange(start, stop, dtype=np.int32)
-    hits = [(move.start, move.stop) for move in assembly.moves]
+    hits = [(m.start, m.stop) for m in assembly.moves if m.start >= assembly.exact_end]
     shape = shape_of(plan, len(indices), len(assembly.always), len(hits))
     size = shape.candidates
 
@@ -137,6 +137,7 @@ def stage_prompt(
         return out
 
     behind = hits[-1][1] if hits else 0
+    always = np.isin(indices, assembly.always)
     rows, counts, thresholds = [], [], []
     for stage, sized in zip(plan.stages, shape.stages, strict=True):
         named = np.full(sized.rows, -1, np.int32)
@@ -154,7 +155,8 @@ def stage_prompt(
     batch = StagedBatch(
         tokens=padded(sequence.tokens[start:stop], np.int32),
         indices=padded(indices, np.int32, -1),
-        always=padded(np.isin(indices, assembly.always), bool),
+        always=padded(always, bool),
+        blended=padded(~always & (indices >= assembly.exact_end), bool),
         question=padded(indices >= behind, bool),
         chunks=spans,
         block_table=table,
@@ -173,6 +175,7 @@ def empty_batch(shape: StagedShape, pages_per_seq: int) -> StagedBatch:
         tokens=np.zeros(size, np.int32),
         indices=np.full(size, -1, np.int32),
         always=np.zeros(size, bool),
+        blended=np.zeros(size, bool),
         question=np.zeros(size, bool),
         chunks=np.zeros((shape.chunks, 2), np.int32),
         block_table=np.zeros((1, pages_per_seq), np.int32),

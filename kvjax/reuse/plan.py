@@ -48,6 +48,8 @@ class TopK:
     k: int
     threshold: float | None = None  # times the mean of the scores: what is below drops out
     layers: Literal["last", "sum"] = "last"  # "sum": added up over the layers of the stage before
+    # (size, least): windows of `size` tokens that hold `least` of the k, whole, and nothing else
+    window: tuple[int, int] | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

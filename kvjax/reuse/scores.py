@@ -107,11 +107,20 @@ def question_attention_within(layer: Layer) -> Array:
     return each.sum(axis=0)
 
 
+def attention_value_deviation(layer: Layer) -> Array:
+    """Attention that a key gets from all rows, times the L1 distance of new and stored values (of
+    keys for latent KV): KVShare, arXiv 2503.16525 v2."""
+    old, new = (kv[0] if kv[1] is None else kv[1] for kv in (layer.old, layer.new))
+    distance = jnp.abs(new.astype(jnp.float32) - old.astype(jnp.float32)).sum(axis=(1, 2))
+    return layer.columns(layer.ids >= 0) * layer.to_candidates(distance)
+
+
 # By the name that `TopK.score` gives; one from outside is one more entry.
 SCORES: dict[str, Score] = {
     "key_deviation": key_deviation,
     "value_deviation": value_deviation,
     "kv_deviation": kv_deviation,
+    "attention_value_deviation": attention_value_deviation,
     "question_attention": question_attention,
     "question_attention_within": question_attention_within,
 }
