@@ -14,13 +14,17 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from kvjax.cache.chunks import ChunkStats, ChunkStore, Variant, VariantKey, tokens_hash
-from kvjax.errors import PromptTooLong
+from kvjax.errors import PromptTooLong, UnknownChunk
 from kvjax.request import RequestMetrics, SamplingParams
 from kvjax.reuse.assemble import Assembly, assemble
 from kvjax.reuse.strategy import ModelFacts, Prompt, Segment, Strategy, Tokens, context_hash
 from kvjax.schedule import Scheduler
 from kvjax.sequence import Request
 from kvjax.sequence import Sequence as Branch
+
+
+# Slots, and how far keys are turned on -> keys and values, f32[layers, tokens, kv_heads, width].
+ReadSlots = Callable[[np.ndarray, int], tuple[np.ndarray, np.ndarray | None]]
 
 
 @dataclasses.dataclass(eq=False, slots=True)
@@ -38,9 +42,10 @@ class Chunks:
 
     def __init__(
         self, store: ChunkStore, facts: ModelFacts, scheduler: Scheduler,
-        discard: Callable[[Branch], None], max_model_len: int,
+        discard: Callable[[Branch], None], max_model_len: int, read: ReadSlots,
     ) -> None:  # fmt: skip
         self.store, self.facts = store, facts
+        self._read = read
         self._scheduler, self._discard = scheduler, discard
         self._max_model_len = max_model_len
         self._jobs: dict[VariantKey, _Job] = {}
@@ -65,6 +70,18 @@ class Chunks:
     def unpin(self, tokens: Sequence[int], salt: str | None = None) -> int:
         """Lets a pinned chunk be evicted again. Raises as `pin` does."""
         return self.store.pin(salt, tokens_hash(tokens), by=-1)
+
+    def read(self, variant: Variant) -> tuple[np.ndarray, np.ndarray | None]:
+        """Its keys and values, float32 `[layers, tokens, kv_heads, width]`, keys turned back to
+        positions from 0; no values for a latent. Blocks until they are computed.
+
+        Raises:
+          UnknownChunk: it is not stored, or no longer.
+        """
+        if self.store.get(variant.key) is not variant:
+            raise UnknownChunk(f"no KV is stored for chunk {variant.key.chunk}")
+        slots = variant.slots(0, variant.num_tokens, self._scheduler.pool.page_size)
+        return self._read(slots, -variant.base)
 
     # ---- for the engine ---------------------------------------------------------------------
 

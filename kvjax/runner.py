@@ -30,14 +30,15 @@ from kvjax.models import ModelConfig, Transformer
 from kvjax.prefix_groups import CascadeRule, PrefixGroups
 from kvjax.request import SamplingParams
 from kvjax.reuse.assemble import Move
-from kvjax.reuse.forward import StagedShape, run_staged
+from kvjax.reuse.forward import StagedShape, rung, run_staged
 from kvjax.reuse.move import move_chunks
 from kvjax.reuse.pack import MoveShape, batched_moves, empty_batch, empty_move, stage_prompt
+from kvjax.reuse.read import ReadShape, read_slots
 from kvjax.schedule import Limits, Portion, StepPlan
 from kvjax.sequence import Sequence
 from kvjax.step import Bucket, StepBatch, StepLayout, ints, step
 
-ProgramKey = Bucket | MoveShape | StagedShape | str
+ProgramKey = Bucket | MoveShape | StagedShape | ReadShape | str
 
 _SMALLEST = 16  # tokens of the smallest mixed program
 
@@ -150,6 +151,8 @@ class Runner:
             return self._compile_move(key, pages)
         if isinstance(key, StagedShape):
             return self._compile_staged(key, pages)
+        if isinstance(key, ReadShape):
+            return self._compile_read(key, pages)
         assert isinstance(key, Bucket)
         layout = self._layout(key)
 
@@ -177,6 +180,14 @@ class Runner:
         batch = empty_batch(shape, self._pages_per_seq)
         return run.lower(self._weights, pages, self._abstract_inputs(batch)).compile()
 
+    def _compile_read(self, shape: ReadShape, pages: Any) -> Any:
+        @jax.jit
+        def run(weights, pages, slots, shifts):
+            return read_slots(self._model(weights), pages, self.spec, slots, shifts)
+
+        ints = self._abstract_input((shape.tokens,))
+        return run.lower(self._weights, pages, ints, ints).compile()
+
     def _model(self, weights: Any) -> Transformer:
         """The model over flat weights, inside a trace."""
         return nnx.merge(self._graph, jax.tree.unflatten(self._weights_tree, weights))
@@ -198,6 +209,21 @@ class Runner:
                 bucket, self.spec, self._pages_per_seq, self.arguments
             )
         return self._layouts[bucket]
+
+    # ---- reading ----------------------------------------------------------------------------
+
+    def read(self, slots: np.ndarray, shift: int) -> tuple[np.ndarray, np.ndarray | None]:
+        """KV at `slots`, keys turned `shift` positions on; float32, see `read_slots`.
+
+        Blocks until the steps before it are done. For the thread that owns the engine.
+        """
+        count = len(slots)
+        shape = ReadShape(rung(count))
+        rest = (0, shape.tokens - count)
+        padded = np.pad(slots.astype(np.int32), rest, constant_values=-1)
+        shifts = np.full(shape.tokens, shift, np.int32)
+        k, v = self._program(shape)(self._weights, self.pages, padded, shifts)
+        return np.asarray(k)[:, :count], None if v is None else np.asarray(v)[:, :count]
 
     # ---- running ----------------------------------------------------------------------------
 
