@@ -22,7 +22,6 @@ from kvjax.schedule import Scheduler
 from kvjax.sequence import Request
 from kvjax.sequence import Sequence as Branch
 
-
 # Slots, and how far keys are turned on -> keys and values, f32[layers, tokens, kv_heads, width].
 ReadSlots = Callable[[np.ndarray, int], tuple[np.ndarray, np.ndarray | None]]
 

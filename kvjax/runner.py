@@ -30,7 +30,7 @@ from kvjax.models import ModelConfig, Transformer
 from kvjax.prefix_groups import CascadeRule, PrefixGroups
 from kvjax.request import SamplingParams
 from kvjax.reuse.assemble import Move
-from kvjax.reuse.forward import StagedShape, rung, run_staged
+from kvjax.reuse.forward import StagedShape, run_staged, rung
 from kvjax.reuse.move import move_chunks
 from kvjax.reuse.pack import MoveShape, batched_moves, empty_batch, empty_move, stage_prompt
 from kvjax.reuse.read import ReadShape, read_slots

@@ -13,6 +13,7 @@ from kvjax.errors import UnknownStrategy
 from kvjax.reuse.cacheblend import CacheBlend
 from kvjax.reuse.controls import Oracle, RandomTokens
 from kvjax.reuse.epic import Epic
+from kvjax.reuse.kamera import Kamera
 from kvjax.reuse.naive import Naive, NaiveWithoutRotation
 from kvjax.reuse.strategy import Strategy
 
@@ -20,6 +21,7 @@ __all__ = [
     "STRATEGIES",
     "CacheBlend",
     "Epic",
+    "Kamera",
     "Naive",
     "NaiveWithoutRotation",
     "Oracle",
@@ -39,6 +41,7 @@ STRATEGIES: dict[str, type[Strategy]] = {
     strategy.name: strategy
     for strategy in (
         PrefixOnly, Naive, NaiveWithoutRotation, Epic, CacheBlend, RandomTokens, Oracle,
+        Kamera,
     )
 }  # fmt: skip
 

@@ -2,12 +2,12 @@
 
 import numpy as np
 import pytest
-from tests.tiny_model import CONFIG, tiny
 
 from kvjax import LLM
 from kvjax.cache.chunks import Variant, VariantKey, tokens_hash
 from kvjax.errors import UnknownChunk
 from kvjax.reuse.strategy import context_hash
+from tests.tiny_model import CONFIG, tiny
 
 TOKENS = tuple(map(ord, "packmyboxwithfivedozenliquorjugs"))
 CONTEXT = tuple(map(ord, "thequickbrownfox"))[:13]  # ends inside a page
