@@ -138,6 +138,38 @@ class Chunks:
         self._scheduler.add(request.sequences[0])
         return key
 
+    def keep_output(self, sequence: Branch) -> int:
+        """Stores what a parked sequence has generated as a chunk, with the KV that decoding wrote;
+        how many variants: an output that ends in an end token is one also without it.
+
+        The output of an approximate prompt is another variant than that of the exact one.
+        """
+        output, start = sequence.output_ids, sequence.num_prompt
+        assembly, salt = sequence.assembly, sequence.request.params.cache_salt
+        lineage = "exact" if assembly is None else assembly.lineage
+        context = tuple(sequence.tokens[:start])
+        behind = context_hash(context) + ("" if lineage == "exact" else f"/{lineage}")
+        ends = output[-1:] and output[-1] in sequence.end_token_ids
+        stored = 0
+        for tokens in (output, output[:-1]) if ends else (output,):
+            count = min(len(tokens), sequence.num_computed - start)
+            if count <= 0:
+                continue
+            size = self._scheduler.pool.page_size
+            variant = Variant(
+                key=VariantKey(salt, tokens_hash(tokens), behind),
+                tokens=np.asarray(tokens[:count], np.int64),
+                base=start,
+                page_ids=sequence.page_ids[start // size : -(-(start + count) // size)],
+                first=start % size,
+                lineage=lineage,
+                context_ids=context,
+                tail=tokens[count:],
+                facts={"born": "decode"},
+            )
+            stored += self.store.put(variant)
+        return stored
+
     def settle(self) -> list[Request]:
         """Stores what has been encoded; the prompts that waited for it and can go on."""
         for job in [job for job in self._jobs.values() if job.request.finished]:

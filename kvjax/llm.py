@@ -148,6 +148,31 @@ class LLM:
             pass
         return [self._intake.output(request) for request in requests]
 
+    def relay(
+        self,
+        prompts: Prompt | Seq[Prompt],
+        sampling_params: SamplingParams | Seq[SamplingParams] | None = None,
+    ) -> list[RequestOutput]:
+        """`generate`, and every output's KV is kept as a chunk for the prompts that quote it.
+
+        `Chunk(completion.token_ids)`, with or without its end token, in a later prompt of the same
+        `cache_salt` with `reuse="relaycaching"` finds the KV that decoding wrote.
+        """
+        requests = self._requests(prompts, sampling_params)
+        sequences = [sequence for request in requests for sequence in request.sequences]
+        for sequence in sequences:
+            sequence.keeps_pages = True
+        try:
+            for _ in self._run(requests):
+                pass
+            for sequence in sequences:
+                if sequence.request.error is None:
+                    self.chunks.keep_output(sequence)
+        finally:
+            for sequence in sequences:
+                self.engine.discard(sequence)
+        return [self._intake.output(request) for request in requests]
+
     # ---- the rest ---------------------------------------------------------------------------
 
     def get_tokenizer(self) -> Tokenizer:

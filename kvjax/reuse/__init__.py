@@ -15,6 +15,7 @@ from kvjax.reuse.controls import Oracle, RandomTokens
 from kvjax.reuse.epic import Epic
 from kvjax.reuse.kamera import Kamera
 from kvjax.reuse.naive import Naive, NaiveWithoutRotation
+from kvjax.reuse.relaycaching import RelayCaching
 from kvjax.reuse.strategy import Strategy
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "Oracle",
     "PrefixOnly",
     "RandomTokens",
+    "RelayCaching",
     "Strategy",
     "parse",
 ]
@@ -41,7 +43,7 @@ STRATEGIES: dict[str, type[Strategy]] = {
     strategy.name: strategy
     for strategy in (
         PrefixOnly, Naive, NaiveWithoutRotation, Epic, CacheBlend, RandomTokens, Oracle,
-        Kamera,
+        Kamera, RelayCaching,
     )
 }  # fmt: skip
 

@@ -7,8 +7,8 @@ keys are turned, so it moves with the chunk. It is made ahead of time, by one jo
 
 A patch serves its own antecedents only: one made behind others is worse than none.
 Antecedents are a set: the same chunks in another order, behind the same text, share a patch.
-Inferred: the text between chunks is part of what a patch is bound to; the SVD is of the plain
-difference, keys and values unweighted.
+Of the paper only the abstract and notes of others were available. Inferred: the text between chunks
+is part of what a patch is bound to; the SVD is of the plain difference, keys and values unweighted.
 """
 
 import dataclasses
