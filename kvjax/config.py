@@ -2,7 +2,7 @@
 
 import dataclasses
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,6 +16,12 @@ def cache_dir() -> Path:
         return Path(own).expanduser()
     shared = os.environ.get("XDG_CACHE_HOME")
     return (Path(shared) if shared else Path.home() / ".cache") / "kvjax"
+
+
+def environment(names: Iterable[str]) -> dict[str, str]:
+    """What `KVJAX_NAME` says, in upper case, for each of `names` that is set and not empty."""
+    values = {name: os.environ.get(f"KVJAX_{name.upper()}") for name in names}
+    return {name: value for name, value in values.items() if value}
 
 
 KV_CACHE_DTYPES = ("auto", "float32", "bfloat16", "int8", "float8_e4m3fn")

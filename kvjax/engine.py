@@ -22,7 +22,7 @@ from kvjax.cache.radix import EVICTION_POLICIES, RadixTree
 from kvjax.chunks import Chunks
 from kvjax.config import EngineConfig
 from kvjax.decode import SampleOutput
-from kvjax.errors import KVJaxError, StepFailed
+from kvjax.errors import GrammarFailed, KVJaxError, StepFailed
 from kvjax.models import Transformer
 from kvjax.pallas_kernels import cascade_refusal
 from kvjax.recovery import Suspects
@@ -31,9 +31,11 @@ from kvjax.reuse.pack import stage_rows
 from kvjax.reuse.report import Fate, staged_report
 from kvjax.reuse.strategy import ModelFacts
 from kvjax.runner import Dispatched, RowOwner, Runner
-from kvjax.schedule import Limits, Portion, Scheduler, StepPlan
+from kvjax.schedule import Scheduler
 from kvjax.sequence import Assembled, Request, Sequence, Status
+from kvjax.step_plan import Limits, Portion, StepPlan
 
+_ASKED = "the structured outputs, bad words and allowed token ids together"
 MAX_SCORED_TOKENS = 128  # prompt tokens whose logits one step keeps
 
 
@@ -81,6 +83,8 @@ class Engine:
             self.runner.read,
         )  # fmt: skip
         self._decode_token = decode_token
+        # Gives parked pages back that nobody must have, when a request cannot run otherwise.
+        self.reclaim: Callable[[], bool] | None = None
         self._in_flight: Dispatched | None = None
         self._parked: set[Sequence] = set()
         self._abandoned: collections.deque[Sequence] = collections.deque()
@@ -131,6 +135,11 @@ class Engine:
         self._parked.add(sequence)
 
     @property
+    def parked(self) -> frozenset[Sequence]:
+        """Sequences that are over and keep their pages."""
+        return frozenset(self._parked)
+
+    @property
     def has_work(self) -> bool:
         """Whether `step()` has anything left to do."""
         waiting = bool(self._failed) or self.chunks.busy
@@ -147,7 +156,7 @@ class Engine:
         previous, self._in_flight = self._in_flight, None
         dispatching: StepPlan | None = None
         try:
-            if previous is not None and not (self.config.overlap and self._suspects.none):
+            if previous is not None and not self._may_overlap():
                 touched |= self._commit(previous)
                 previous = None
             self.scheduler.only = self._suspects.under_test
@@ -168,6 +177,14 @@ class Engine:
             raise
         touched |= {id(r): r for r in self._take_failed()}
         return list(touched.values())
+
+    def _may_overlap(self) -> bool:
+        """Whether the next step can be planned before this one's tokens are known.
+
+        A grammar's next mask needs the last token.
+        """
+        grammars = any(sequence.grammar is not None for sequence in self.scheduler.running)
+        return self.config.overlap and self._suspects.none and not grammars
 
     def _commit(self, step: Dispatched) -> dict[int, Request]:
         """Reads a step's results and appends them. Blocks until the device is done with it."""
@@ -223,6 +240,9 @@ class Engine:
     ) -> None:
         """Takes a drawn token and ends the sequence where it must end."""
         request, params = sequence.request, sequence.request.params
+        if sequence.grammar is not None and not sequence.grammar.accept(token):
+            self._fail(request, GrammarFailed(f"no token that {_ASKED} allow has a chance"))
+            return
         sequence.tokens.append(token)
         request.metrics.num_output_tokens += 1
         if request.metrics.first_token_time is None:
@@ -235,12 +255,13 @@ class Engine:
         full = (params.max_tokens is not None and sequence.num_output >= params.max_tokens) or len(
             sequence.tokens
         ) >= self.limits.max_model_len
-        over = is_end or is_stop or full
+        complete = sequence.grammar is not None and sequence.grammar.complete
+        over = is_end or is_stop or full or complete
         stop = sequence.text.push(token, over) if sequence.text is not None else None
         if stop is not None:
             sequence.stop_reason = stop
             self._finish(sequence, "stop")
-        elif is_end or is_stop:
+        elif is_end or is_stop or complete:
             sequence.stop_reason = token if is_stop else None
             self._finish(sequence, "stop")
         elif full:
@@ -281,7 +302,7 @@ class Engine:
     def _explain_standstill(self) -> None:
         """Nothing runs, nothing is on its way: the first in the queue can never be served."""
         stuck = self.scheduler.stuck()
-        if stuck is not None:
+        if stuck is not None and not (self.reclaim is not None and self.reclaim()):
             sequence, why = stuck
             self._fail(sequence.request, why)
 

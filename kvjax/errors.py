@@ -33,6 +33,10 @@ class TokenizerNotFound(KVJaxError, FileNotFoundError):
     """The checkpoint brings no tokenizer that can be read."""
 
 
+class GrammarFailed(KVJaxError, RuntimeError):
+    """What a request forbids otherwise leaves no token that its structured outputs allow."""
+
+
 class StepFailed(KVJaxError, RuntimeError):
     """The device step raised for this request; the others went on. `__cause__` says what raised."""
 

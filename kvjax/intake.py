@@ -11,9 +11,17 @@ from typing import Any
 
 from kvjax.decode import RowRequest, pack_rows, seat_features, stage_arguments
 from kvjax.errors import PromptTooLong
+from kvjax.grammar import Grammars
 from kvjax.models.chat import render_chat
 from kvjax.models.tokenizers import Tokenizer
-from kvjax.request import Chunk, CompletionOutput, RequestMetrics, RequestOutput, SamplingParams
+from kvjax.request import (
+    Chunk,
+    CompletionOutput,
+    RequestMetrics,
+    RequestOutput,
+    SamplingParams,
+    StructuredOutputs,
+)
 from kvjax.reuse import parse
 from kvjax.sequence import Request, Sequence
 from kvjax.text import TextStream
@@ -40,6 +48,7 @@ class Intake:
         self.vocab_size, self.end_token_ids = vocab_size, end_token_ids
         self.max_model_len, self.max_prompt_tokens = max_model_len, max_prompt_tokens
         self.reuse = parse(reuse)
+        self.grammars = Grammars(tokenizer, vocab_size, end_token_ids)
         self._arrivals = itertools.count()
         self._random = None if seed is None else random.Random(seed)
 
@@ -84,6 +93,10 @@ class Intake:
         self._check(ids, params)
         bad_word_ids = self._bad_words(params)
         self._check_device_limits(params, bad_word_ids)
+        asked = params.structured_outputs
+        matcher = None
+        if samples and isinstance(asked, StructuredOutputs):
+            matcher = self.grammars.matcher(asked)
         arrival = next(self._arrivals)
         request = Request(
             request_id=str(arrival) if request_id is None else request_id,
@@ -107,6 +120,7 @@ class Intake:
             if samples:
                 stops = (*ends, *(params.stop_token_ids or ()))
                 branched.text = TextStream(self.tokenizer, params, stops, prompt_ids=ids)
+            branched.grammar = None if matcher is None else matcher.fresh()
             branched.logprobs = [] if params.logprobs is not None else None
             branched.cumulative_logprob = 0.0
             request.sequences.append(branched)
@@ -123,7 +137,8 @@ class Intake:
             return *self.tokens(prompt), ()
         ids: list[int] = []
         spans, texts = [], []
-        for number, part in enumerate(prompt):
+        parts: list[Any] = list(prompt)
+        for number, part in enumerate(parts):
             content = part.content if isinstance(part, Chunk) else part
             if isinstance(content, str):
                 first = number == 0 and not isinstance(part, Chunk)

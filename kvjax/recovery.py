@@ -2,8 +2,8 @@
 
 from collections.abc import Iterable
 
-from kvjax.schedule import Portion
 from kvjax.sequence import Sequence
+from kvjax.step_plan import Portion
 
 
 class Suspects:

@@ -21,6 +21,7 @@ from kvjax.decode import (
     DecodeState,
     RowRequest,
     SampleOutput,
+    load_masks,
     load_seat,
     pack_rows,
     seat_features,
@@ -34,12 +35,13 @@ from kvjax.reuse.forward import StagedShape, run_staged, rung
 from kvjax.reuse.move import move_chunks
 from kvjax.reuse.pack import MoveShape, batched_moves, empty_batch, empty_move, stage_prompt
 from kvjax.reuse.read import ReadShape, read_slots
-from kvjax.schedule import Limits, Portion, StepPlan
 from kvjax.sequence import Sequence
 from kvjax.step import Bucket, StepBatch, StepLayout, ints, step
+from kvjax.step_plan import Limits, Portion, StepPlan
 
 ProgramKey = Bucket | MoveShape | StagedShape | ReadShape | str
 
+_BESIDE = ("copy_pages", "load_seat", "load_masks")  # programs beside the step
 _SMALLEST = 16  # tokens of the smallest mixed program
 
 
@@ -118,7 +120,7 @@ class Runner:
 
     def compile_next(self) -> str | None:
         """Compiles one more program; its name, or None when all are there."""
-        for key in ("copy_pages", "load_seat", *self.buckets):
+        for key in (*_BESIDE, *self.buckets):
             if key not in self._programs:
                 self._program(key)
                 return str(key)
@@ -127,7 +129,7 @@ class Runner:
     @property
     def is_warm(self) -> bool:
         """Whether every program is compiled."""
-        return all(key in self._programs for key in ("copy_pages", "load_seat", *self.buckets))
+        return all(key in self._programs for key in (*_BESIDE, *self.buckets))
 
     def _program(self, key: ProgramKey) -> Any:
         if key not in self._programs:
@@ -153,6 +155,9 @@ class Runner:
             return self._compile_staged(key, pages)
         if isinstance(key, ReadShape):
             return self._compile_read(key, pages)
+        if key == "load_masks":
+            seats, masks = self._mask_arrays()
+            return load_masks.lower(state, seats, masks).compile()
         assert isinstance(key, Bucket)
         layout = self._layout(key)
 
@@ -239,6 +244,7 @@ class Runner:
         program, layout = self._program(bucket), self._layout(bucket)
         batch, owners = self._batch(plan, bucket, groups)
         self._prepare(plan)
+        self._load_masks(plan)
         self.real_tokens += plan.num_tokens
         self.padded_tokens += bucket.tokens
         self.cascade_steps += bucket.cascade
@@ -302,6 +308,26 @@ class Runner:
             [portion.sequence.page_ids for portion in plan.portions],
             [portion.stop for portion in plan.portions],
         )
+
+    def _load_masks(self, plan: StepPlan) -> None:
+        """Tells the device what the sequences with a grammar may draw in this step."""
+        drawing = [
+            c.sequence for c in plan.portions if c.samples and c.sequence.grammar is not None
+        ]
+        if not drawing:
+            return
+        seats, masks = self._mask_arrays()
+        for row, sequence in enumerate(drawing):
+            assert sequence.grammar is not None
+            assert sequence.seat is not None
+            seats[row], masks[row] = sequence.seat, sequence.grammar.mask()
+        self.state = self._program("load_masks")(self.state, seats, masks)
+
+    def _mask_arrays(self) -> tuple[np.ndarray, np.ndarray]:
+        """Padding: seats past all of them, with any mask."""
+        rows = self.limits.max_num_seqs
+        words = -(-self.config.vocab_size // 32)
+        return np.full(rows, rows + 1, np.int32), np.zeros((rows, words), np.int32)
 
     def _bucket(self, plan: StepPlan, cascade: bool = False) -> Bucket:
         """The smallest program that holds the plan."""
@@ -462,6 +488,7 @@ def _row_request(owner: RowOwner) -> RowRequest:
         active=owner.draws,
         forced_token=-1 if owner.draws else sequence.tokens[owner.position],
         want_logprobs=wants is not None,
+        uses_grammar=owner.draws and sequence.grammar is not None,
     )
 
 

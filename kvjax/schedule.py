@@ -5,75 +5,14 @@ touches the device and never changes a token. A page has one writer: the sequenc
 Others that share it (a fork, a prefix hit) copy it before their first write.
 """
 
-import dataclasses
 from collections.abc import Callable, Hashable
-from typing import Any
-
-import numpy as np
 
 from kvjax.cache.chunks import ChunkStore
 from kvjax.cache.pool import PagePool
 from kvjax.cache.radix import Match, RadixTree
 from kvjax.errors import OutOfPages
 from kvjax.sequence import Assembled, Sequence, Status
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Portion:
-    """Tokens of one sequence computed this step: those of `[start, stop)` that are not reused."""
-
-    sequence: Sequence
-    start: int
-    stop: int
-    samples: bool  # the last token's logits give the next token
-    scores_prompt: bool  # every token's logits are wanted (prompt logprobs)
-    reused: tuple[tuple[int, int], ...] = ()  # spans within, whose KV is there already
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens computed."""
-        return self.stop - self.start - sum(b - a for a, b in self.reused)
-
-    @property
-    def indices(self) -> np.ndarray:
-        """Their indices in the sequence, i32, ascending."""
-        indices = np.arange(self.start, self.stop, dtype=np.int32)
-        for a, b in self.reused:
-            indices = indices[(indices < a) | (indices >= b)]
-        return indices
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class StepPlan:
-    """One step. First the copies, then the moves of stored KV, then tokens are computed; `loads`
-    are seats to be set up. A staged prefill has a step of its own."""
-
-    portions: tuple[Portion, ...]
-    copies: tuple[tuple[int, int], ...]  # (source page, destination page)
-    loads: tuple[Sequence, ...]
-    moves: tuple[tuple[Sequence, Any], ...] = ()  # (whose, `kvjax.reuse.assemble.Move`)
-    staged: Sequence | None = None  # its assembly has the stages
-
-    @property
-    def sequences(self) -> tuple[Sequence, ...]:
-        """Everybody who takes part."""
-        own = tuple(portion.sequence for portion in self.portions)
-        return own if self.staged is None else (*own, self.staged)
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens computed."""
-        return sum(portion.num_tokens for portion in self.portions)
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Limits:
-    """What one step and one sequence may hold."""
-
-    max_num_seqs: int
-    max_num_batched_tokens: int
-    max_model_len: int
-    max_scored_tokens: int  # rows of a step whose prompt logprobs are wanted
+from kvjax.step_plan import Draft, Limits, Portion, StepPlan
 
 
 class Scheduler:
@@ -170,7 +109,7 @@ class Scheduler:
     def plan(self) -> StepPlan:
         """The next step; empty if nothing can run now (results are due, or no pages are free)."""
         self._step_aside()
-        step = _Draft(self.limits.max_num_batched_tokens)
+        step = Draft(self.limits.max_num_batched_tokens)
         staged_first, self._staged_due = self._staged_due, False
         if staged_first:
             self._admit(step)
@@ -216,7 +155,7 @@ class Scheduler:
     def _allowed(self, sequence: Sequence) -> bool:
         return self.only is None or sequence in self.only
 
-    def _continue(self, sequence: Sequence, step: "_Draft") -> None:
+    def _continue(self, sequence: Sequence, step: Draft) -> None:
         """Plans the next tokens of a running sequence, preempting others for pages if need be."""
         todo = self._todo(sequence, step)
         if todo == 0:
@@ -230,7 +169,7 @@ class Scheduler:
                 return
         self._take(sequence, todo, step)
 
-    def _todo(self, sequence: Sequence, step: "_Draft") -> int:
+    def _todo(self, sequence: Sequence, step: Draft) -> int:
         """Tokens of `sequence` that this step can compute: what is known, or one on the device."""
         known = len(sequence.tokens) - sequence.num_computed - _reused_ahead(sequence)
         if known <= 0:
@@ -246,7 +185,7 @@ class Scheduler:
         room = self.limits.max_scored_tokens - step.num_tokens
         return max(0, min(known, step.budget, room))
 
-    def _admit(self, step: "_Draft") -> None:
+    def _admit(self, step: Draft) -> None:
         """Starts waiting sequences in order, while seats, budget and pages last."""
         for sequence in list(self.waiting):
             if not self._allowed(sequence) or sequence.num_pending:
@@ -268,7 +207,7 @@ class Scheduler:
                 return
             self._take(sequence, todo, step)
 
-    def _seat_and_room(self, sequence: Sequence, step: "_Draft") -> int:
+    def _seat_and_room(self, sequence: Sequence, step: Draft) -> int:
         """Tokens of a waiting sequence that this step can compute, and pages for them; or 0."""
         if not self._seats:
             return 0
@@ -287,7 +226,7 @@ class Scheduler:
                 todo = self._first_room(sequence, step)
         return todo
 
-    def _first_room(self, sequence: Sequence, step: "_Draft") -> int:
+    def _first_room(self, sequence: Sequence, step: Draft) -> int:
         """Gets pages for the first tokens, provided that all that are known would fit."""
         whole = len(sequence.tokens) - sequence.num_computed
         if sequence.reused or (sequence.assembly is not None and sequence.assembly.moves):
@@ -299,7 +238,7 @@ class Scheduler:
         todo = self._todo(sequence, step)
         return todo if todo and self._make_room(sequence, whole, step, take=todo) else 0
 
-    def _start(self, sequence: Sequence, step: "_Draft") -> None:
+    def _start(self, sequence: Sequence, step: Draft) -> None:
         """Moves a waiting sequence to a seat."""
         self.waiting.remove(sequence)
         self.running.append(sequence)
@@ -318,7 +257,7 @@ class Scheduler:
                 self.pool.retain(move.variant.page_ids)  # nobody else gets them within this step
                 step.held += move.variant.page_ids
 
-    def _take(self, sequence: Sequence, todo: int, step: "_Draft") -> None:
+    def _take(self, sequence: Sequence, todo: int, step: Draft) -> None:
         """Commits to computing `todo` tokens. Pages are there already."""
         start = stop = sequence.num_computed
         skipped, left = [], todo
@@ -354,7 +293,7 @@ class Scheduler:
     # ---- pages ------------------------------------------------------------------------------
 
     def _make_room(
-        self, sequence: Sequence, needed: int, step: "_Draft", take: int | None = None
+        self, sequence: Sequence, needed: int, step: Draft, take: int | None = None
     ) -> bool:
         """Gets pages for the next `take` tokens if those for all `needed` could be had."""
         size, have = self.pool.page_size, len(sequence.page_ids)
@@ -446,7 +385,7 @@ class Scheduler:
         assert self.tree is not None
         self.tree.insert(namespace, sequence.tokens[:computed], sequence.page_ids[:count])
 
-    def _shares_with_prefill(self, sequence: Sequence, step: "_Draft") -> bool:
+    def _shares_with_prefill(self, sequence: Sequence, step: Draft) -> bool:
         """Whether a running prefill computes, now or soon, a prefix that `sequence` could reuse."""
         params, size = sequence.request.params, self.pool.page_size
         if self.tree is None or sequence.page_ids or params.skip_reading_prefix_cache:
@@ -533,21 +472,6 @@ class Scheduler:
         for sequence in (*self.running, *self.waiting):
             for page in sequence.page_ids:
                 assert self.pool.ref_count(page) > 0, page
-
-
-class _Draft:
-    """A step being put together: what is left to give away, and what is taken."""
-
-    def __init__(self, budget: int) -> None:
-        self.budget, self.num_tokens = budget, 0
-        self.portions: list[Portion] = []
-        self.copies: list[tuple[int, int]] = []
-        self.loads: list[Sequence] = []
-        self.moves: list[tuple[Sequence, Any]] = []
-        self.held: list[int] = []  # pages that keep their content until the step is planned
-        self.staged: Sequence | None = None
-        self.starts: dict[Sequence, int] = {}
-        self.deferred = 0
 
 
 def _scores_prompt(sequence: Sequence) -> bool:

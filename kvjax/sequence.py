@@ -12,6 +12,8 @@ import enum
 from collections.abc import Sequence as Seq
 from typing import Any, Protocol, Self
 
+import numpy as np
+
 from kvjax.errors import KVJaxError
 from kvjax.request import FinishReason, PositionLogprobs, RequestMetrics, SamplingParams
 
@@ -58,7 +60,7 @@ class Assembled(Protocol):
 
     @property
     def lineage(self) -> str:
-        """ "exact", or what everything behind depends on."""
+        """Either "exact", or what everything behind depends on."""
         ...
 
     @property
@@ -68,6 +70,23 @@ class Assembled(Protocol):
 
     def found(self) -> Self:
         """The same once its result is found in the cache: nothing is left to do."""
+        ...
+
+
+class GrammarMatcher(Protocol):
+    """What a sequence's tokens must match (`kvjax.grammar.Matcher`)."""
+
+    @property
+    def complete(self) -> bool:
+        """Whether nothing can follow."""
+        ...
+
+    def mask(self) -> np.ndarray:
+        """Tokens that may come next, as bits: i32[ceil(vocab / 32)]."""
+        ...
+
+    def accept(self, token: int) -> bool:
+        """Takes the token that came; False if it is not allowed."""
         ...
 
 
@@ -122,6 +141,7 @@ class Sequence:
     keeps_pages: bool = False  # parked, not released, when finished
     end_token_ids: tuple[int, ...] = ()
     text: TextSink | None = None
+    grammar: GrammarMatcher | None = None
     logprobs: list[PositionLogprobs] | None = None
     cumulative_logprob: float = 0.0
     finish_reason: FinishReason | None = None

@@ -20,8 +20,8 @@ from kvjax.decode import SampleOutput
 from kvjax.engine import Engine
 from kvjax.intake import Intake
 from kvjax.runner import Dispatched, Runner, _rows, ladder
-from kvjax.schedule import Limits, StepPlan
 from kvjax.sequence import Request, Sequence, Status
+from kvjax.step_plan import Limits, StepPlan
 from tests.tiny_model import LetterTokenizer
 
 PAGE, NUM_LETTERS, END = 4, 4, 0
@@ -251,9 +251,10 @@ def make_engine(
         eviction_policy="lru",
         overlap=overlap,
         deterministic=False,
+        chunk_cache_share=0.5,
     )
-    model: Any = None
-    spec: Any = types.SimpleNamespace(page_size=PAGE)
+    model: Any = types.SimpleNamespace(config=types.SimpleNamespace(num_layers=1, hidden_size=1))
+    spec: Any = types.SimpleNamespace(page_size=PAGE, bytes=lambda tokens: tokens)
     ticks: Iterator[int] = iter(range(10**9))
     with (
         mock.patch.object(engine_module, "Runner", FakeRunner),
@@ -300,7 +301,7 @@ def audit(engine: Engine, runner: FakeRunner, parked: list[Sequence]) -> None:
             assert runner.slots.get(slot) == content(sequence.request, tokens[: index + 1])
             claims.setdefault(slot, set()).add(sequence)
     tree = scheduler.tree
-    for node in () if tree is None else tree._nodes():
+    for node in () if tree is None else tree.nodes():
         tokens, above = [], node
         while above is not None:
             tokens = [*above.tokens.tolist(), *tokens]

@@ -10,7 +10,7 @@ Host bookkeeping over page ids; what fills and reads the pages is `kvjax.chunks`
 import dataclasses
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -22,7 +22,7 @@ PROTECTED_SHARE = 0.8  # of the capacity, that chunks used more than once may ho
 
 def tokens_hash(tokens: Iterable[int]) -> str:
     """128 bits that stand for a sequence of token ids, as hexadecimal digits."""
-    return hashlib.blake2b(np.asarray(list(tokens), np.int64), digest_size=16).hexdigest()
+    return hashlib.blake2b(np.asarray(list(tokens), np.int64).tobytes(), digest_size=16).hexdigest()
 
 
 class VariantKey(NamedTuple):
@@ -73,12 +73,8 @@ class VariantView(NamedTuple):
     saving: float  # share of the chunk's tokens that a use of it did not compute, on average
 
 
-class ChunkEvictionPolicy(Protocol):
-    """Order in which variants leave. Pure."""
-
-    def priority(self, variant: VariantView) -> tuple[float, ...]:
-        """Sort key; the smallest goes first."""
-        ...
+# Order in which variants leave: a pure sort key, the smallest goes first.
+ChunkEvictionPolicy = Callable[[VariantView], tuple[float, ...]]
 
 
 def _lru(variant: VariantView) -> tuple[float, ...]:
@@ -94,15 +90,10 @@ def _saving(variant: VariantView) -> tuple[float, ...]:
     return (variant.uses * variant.saving, variant.last_use)
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class _ByKey:
-    priority: Callable[[VariantView], tuple[float, ...]]
-
-
 CHUNK_EVICTION_POLICIES: dict[str, ChunkEvictionPolicy] = {
-    "lru": _ByKey(_lru),
-    "lfu": _ByKey(_lfu),
-    "saving": _ByKey(_saving),
+    "lru": _lru,
+    "lfu": _lfu,
+    "saving": _saving,
 }
 
 
@@ -305,7 +296,7 @@ class ChunkStore:
         def order(variant: Variant) -> tuple[float, ...]:
             saving = float(variant.facts.get("saving", 1.0))
             view = VariantView(variant.last_use, variant.uses, variant.num_tokens, saving)
-            return (float(variant.uses > 0), *self._policy.priority(view))
+            return (float(variant.uses > 0), *self._policy(view))
 
         return sorted((v for v in variants if not v.pins), key=order)
 

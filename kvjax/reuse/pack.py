@@ -92,7 +92,8 @@ def _patched(rows: tuple[np.ndarray, ...], patch: KVPatch) -> PackedMove:
         k, v = (None if x is None else x.astype(np.float32) for x in (patch.k, patch.v))
         device = DevicePatch(k, v, over_tokens(patch.k_left), over_tokens(patch.v_left))  # type: ignore[arg-type]
         shape = MoveShape(size, (patch.k_left.shape[2],), patch.frame)
-    return PackedMove(shape, (*_padded(*rows, size), device))
+    src, dst, shift = rows
+    return PackedMove(shape, (*_padded(src, dst, shift, size), device))
 
 
 def empty_move(shape: MoveShape, num_layers: int, spec: KVSpec) -> tuple[Any, ...]:
