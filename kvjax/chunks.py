@@ -14,13 +14,16 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from kvjax.cache.chunks import ChunkStats, ChunkStore, Variant, VariantKey, tokens_hash
-from kvjax.errors import PromptTooLong
+from kvjax.errors import PromptTooLong, UnknownChunk
 from kvjax.request import RequestMetrics, SamplingParams
 from kvjax.reuse.assemble import Assembly, assemble
 from kvjax.reuse.strategy import ModelFacts, Prompt, Segment, Strategy, Tokens, context_hash
 from kvjax.schedule import Scheduler
 from kvjax.sequence import Request
 from kvjax.sequence import Sequence as Branch
+
+# Slots, and how far keys are turned on -> keys and values, f32[layers, tokens, kv_heads, width].
+ReadSlots = Callable[[np.ndarray, int | np.ndarray], tuple[np.ndarray, np.ndarray | None]]
 
 
 @dataclasses.dataclass(eq=False, slots=True)
@@ -39,10 +42,9 @@ class Chunks:
 
     def __init__(
         self, store: ChunkStore, facts: ModelFacts, scheduler: Scheduler,
-        discard: Callable[[Branch], None], max_model_len: int,
-        read: Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray | None]],
+        discard: Callable[[Branch], None], max_model_len: int, read: ReadSlots,
     ) -> None:  # fmt: skip
-        """`read(slots, shifts)` gives the KV in these slots, keys turned by that many positions."""
+        """`read(slots, shift)` gives the KV in these slots, keys turned by that many positions."""
         self.store, self.facts = store, facts
         self._scheduler, self._discard = scheduler, discard
         self._max_model_len, self._read = max_model_len, read
@@ -68,6 +70,18 @@ class Chunks:
     def unpin(self, tokens: Sequence[int], salt: str | None = None) -> int:
         """Lets a pinned chunk be evicted again. Raises as `pin` does."""
         return self.store.pin(salt, tokens_hash(tokens), by=-1)
+
+    def read(self, variant: Variant) -> tuple[np.ndarray, np.ndarray | None]:
+        """Its keys and values, float32 `[layers, tokens, kv_heads, width]`, keys turned back to
+        positions from 0; no values for a latent. Blocks until they are computed.
+
+        Raises:
+          UnknownChunk: it is not stored, or no longer.
+        """
+        if self.store.get(variant.key) is not variant:
+            raise UnknownChunk(f"no KV is stored for chunk {variant.key.chunk}")
+        slots = variant.slots(0, variant.num_tokens, self._scheduler.pool.page_size)
+        return self._read(slots, -variant.base)
 
     # ---- for the engine ---------------------------------------------------------------------
 
@@ -100,7 +114,7 @@ class Chunks:
         """Queues the encoding of a variant; None if it is there, or will not be let in."""
         key = VariantKey(salt, tokens_hash(tokens), context_hash(context))
         if (variant := self.store.get(key)) is not None:
-            strategy.annotate(variant, lambda: self.read(variant))
+            strategy.annotate(variant, lambda: self._unrotated(variant))
             return None
         if key in self._jobs:
             self._jobs[key].strategies.append(strategy)
@@ -128,6 +142,38 @@ class Chunks:
         self._scheduler.add(request.sequences[0])
         return key
 
+    def keep_output(self, sequence: Branch) -> int:
+        """Stores what a parked sequence has generated as a chunk, with the KV that decoding wrote;
+        how many variants: an output that ends in an end token is one also without it.
+
+        The output of an approximate prompt is another variant than that of the exact one.
+        """
+        output, start = sequence.output_ids, sequence.num_prompt
+        assembly, salt = sequence.assembly, sequence.request.params.cache_salt
+        lineage = "exact" if assembly is None else assembly.lineage
+        context = tuple(sequence.tokens[:start])
+        behind = context_hash(context) + ("" if lineage == "exact" else f"/{lineage}")
+        ends = output[-1:] and output[-1] in sequence.end_token_ids
+        stored = 0
+        for tokens in (output, output[:-1]) if ends else (output,):
+            count = min(len(tokens), sequence.num_computed - start)
+            if count <= 0:
+                continue
+            size = self._scheduler.pool.page_size
+            variant = Variant(
+                key=VariantKey(salt, tokens_hash(tokens), behind),
+                tokens=np.asarray(tokens[:count], np.int64),
+                base=start,
+                page_ids=sequence.page_ids[start // size : -(-(start + count) // size)],
+                first=start % size,
+                lineage=lineage,
+                context_ids=context,
+                tail=tokens[count:],
+                facts={"born": "decode"},
+            )
+            stored += self.store.put(variant)
+        return stored
+
     def settle(self) -> list[Request]:
         """Stores what has been encoded; the prompts that waited for it and can go on."""
         for job in [job for job in self._jobs.values() if job.request.finished]:
@@ -147,9 +193,9 @@ class Chunks:
     def _store(self, variant: Variant, strategies: Sequence[Strategy]) -> None:
         if self.store.put(variant):
             for strategy in strategies:
-                strategy.annotate(variant, lambda: self.read(variant))
+                strategy.annotate(variant, lambda: self._unrotated(variant))
 
-    def read(self, variant: Variant) -> tuple[np.ndarray, np.ndarray | None]:
+    def _unrotated(self, variant: Variant) -> tuple[np.ndarray, np.ndarray | None]:
         """Its KV as `kvjax.reuse.strategy.ReadKV` says. Waits for the device."""
         slots = variant.slots(0, variant.num_tokens, self._scheduler.pool.page_size)
         return self._read(slots, -(variant.base + np.arange(variant.num_tokens, dtype=np.int32)))

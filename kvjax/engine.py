@@ -74,14 +74,14 @@ class Engine:
             tree = RadixTree(pool, EVICTION_POLICIES[config.eviction_policy]())
         store = ChunkStore(pool, int(config.chunk_cache_share * num_pages))
         self.scheduler = Scheduler(pool, tree, self.limits, clock, store, self._assemble)
-        self.chunks = Chunks(
-            store, _facts(model, spec), self.scheduler, self.discard, max_model_len,
-            lambda slots, shifts: self.runner.read(slots, shifts),
-        )  # fmt: skip
         if cascade is None:
             never = cascade_refusal(jax.default_backend())
             cascade = never is None and not config.deterministic
         self.runner = Runner(model, spec, num_pages, self.limits, cascade)
+        self.chunks = Chunks(
+            store, _facts(model, spec), self.scheduler, self.discard, max_model_len,
+            self.runner.read,
+        )  # fmt: skip
         self._decode_token = decode_token
         # Gives parked pages back that nobody must have, when a request cannot run otherwise.
         self.reclaim: Callable[[], bool] | None = None

@@ -13,6 +13,7 @@ from kvjax.branch import Branch
 from kvjax.build import build, tensor_parallel_mesh
 from kvjax.cache.chunks import tokens_hash
 from kvjax.chunks import Chunks
+from kvjax.conditioning import Conditioned, condition
 from kvjax.config import EngineConfig
 from kvjax.intake import Prompt, is_marked
 from kvjax.models.tokenizers import Tokenizer
@@ -147,6 +148,31 @@ class LLM:
             pass
         return [self._intake.output(request) for request in requests]
 
+    def relay(
+        self,
+        prompts: Prompt | Seq[Prompt],
+        sampling_params: SamplingParams | Seq[SamplingParams] | None = None,
+    ) -> list[RequestOutput]:
+        """`generate`, and every output's KV is kept as a chunk for the prompts that quote it.
+
+        `Chunk(completion.token_ids)`, with or without its end token, in a later prompt of the same
+        `cache_salt` with `reuse="relaycaching"` finds the KV that decoding wrote.
+        """
+        requests = self._requests(prompts, sampling_params)
+        sequences = [sequence for request in requests for sequence in request.sequences]
+        for sequence in sequences:
+            sequence.keeps_pages = True
+        try:
+            for _ in self._run(requests):
+                pass
+            for sequence in sequences:
+                if sequence.request.error is None:
+                    self.chunks.keep_output(sequence)
+        finally:
+            for sequence in sequences:
+                self.engine.discard(sequence)
+        return [self._intake.output(request) for request in requests]
+
     # ---- the rest ---------------------------------------------------------------------------
 
     def get_tokenizer(self) -> Tokenizer:
@@ -179,6 +205,20 @@ class LLM:
         found = [self.chunks.store.variants(cache_salt, tokens_hash(tokens)) for tokens in corpus]
         return sum(context_hash(chosen.enrich(tokens, corpus)) in variants
                    for tokens, variants in zip(corpus, found, strict=True))  # fmt: skip
+
+    def condition(
+        self, prompt: Prompt, *, strategy: Any = "kamera", cache_salt: str | None = None
+    ) -> Conditioned:
+        """Makes the patch of every chunk of a marked prompt, for what stands in front of it there.
+
+        Prompts with `reuse` of the same spec then find them, in any order of these antecedents:
+        `llm.condition(["system", Chunk(a), Chunk(b)], strategy="kamera:rank=16")`.
+
+        Raises:
+          ValueError: no chunk is marked, or the strategy is not `Kamera`.
+          PromptTooLong: the prompt does not fit the context.
+        """
+        return condition(self.engine, self._intake, prompt, parse(strategy), cache_salt, self._run)
 
     def warm_up(self) -> None:
         """Compiles every program now. Later calls compile nothing."""

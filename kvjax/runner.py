@@ -31,10 +31,10 @@ from kvjax.models import ModelConfig, Transformer
 from kvjax.prefix_groups import CascadeRule, PrefixGroups
 from kvjax.request import SamplingParams
 from kvjax.reuse.assemble import Move
-from kvjax.reuse.forward import StagedShape, run_staged
+from kvjax.reuse.forward import StagedShape, rung
 from kvjax.reuse.move import move_chunks
-from kvjax.reuse.pack import MoveShape, batched_moves, empty_batch, empty_move, stage_prompt
-from kvjax.reuse.read import ReadShape, read_parts, read_slots
+from kvjax.reuse.pack import MoveShape, batched_moves, empty_move, stage_prompt
+from kvjax.reuse.read import ReadShape, read_slots
 from kvjax.sequence import Sequence
 from kvjax.step import Bucket, StepBatch, StepLayout, ints, step
 from kvjax.step_plan import Limits, Portion, StepPlan
@@ -151,10 +151,10 @@ class Runner:
             return load_seat.lower(state, np.int32(0), features).compile()
         if isinstance(key, MoveShape):
             return self._compile_move(key, pages)
-        if isinstance(key, ReadShape):
-            return self._compile_read(key, pages)
         if isinstance(key, StagedShape):
             return self._compile_staged(key, pages)
+        if isinstance(key, ReadShape):
+            return self._compile_read(key, pages)
         if key == "load_masks":
             seats, masks = self._mask_arrays()
             return load_masks.lower(state, seats, masks).compile()
@@ -177,14 +177,6 @@ class Runner:
         arrays = empty_move(shape, self.config.num_layers, self.spec)
         return run.lower(self._weights, pages, *self._abstract_inputs(arrays)).compile()
 
-    def _compile_read(self, shape: ReadShape, pages: Any) -> Any:
-        @jax.jit
-        def run(weights, pages, slots, shifts):
-            return read_slots(self._model(weights), pages, self.spec, slots, shifts)
-
-        ints = self._abstract_input((shape.tokens,))
-        return run.lower(self._weights, pages, ints, ints).compile()
-
     def _compile_staged(self, shape: StagedShape, pages: Any) -> Any:
         @partial(jax.jit, donate_argnums=1)
         def run(weights, pages, batch):
@@ -192,6 +184,14 @@ class Runner:
 
         batch = empty_batch(shape, self._pages_per_seq)
         return run.lower(self._weights, pages, self._abstract_inputs(batch)).compile()
+
+    def _compile_read(self, shape: ReadShape, pages: Any) -> Any:
+        @jax.jit
+        def run(weights, pages, slots, shifts):
+            return read_slots(self._model(weights), pages, self.spec, slots, shifts)
+
+        ints = self._abstract_input((shape.tokens,))
+        return run.lower(self._weights, pages, ints, ints).compile()
 
     def _model(self, weights: Any) -> Transformer:
         """The model over flat weights, inside a trace."""
@@ -214,6 +214,24 @@ class Runner:
                 bucket, self.spec, self._pages_per_seq, self.arguments
             )
         return self._layouts[bucket]
+
+    # ---- reading ----------------------------------------------------------------------------
+
+    def read(
+        self, slots: np.ndarray, shift: int | np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray | None]:
+        """KV at `slots`, keys turned `shift` positions on (all, or each); see `read_slots`.
+
+        Blocks until the steps before it are done. For the thread that owns the engine.
+        """
+        count = len(slots)
+        shape = ReadShape(rung(count))
+        rest = (0, shape.tokens - count)
+        padded = np.pad(slots.astype(np.int32), rest, constant_values=-1)
+        shifts = np.zeros(shape.tokens, np.int32)
+        shifts[:count] = shift
+        k, v = self._program(shape)(self._weights, self.pages, padded, shifts)
+        return np.asarray(k)[:, :count], None if v is None else np.asarray(v)[:, :count]
 
     # ---- running ----------------------------------------------------------------------------
 
@@ -252,17 +270,6 @@ class Runner:
         for move in batched_moves(moves, self.spec.page_size):
             program = self._program(move.shape)
             self.pages = program(self._weights, self.pages, *move.arrays)
-
-    def read(self, slots: np.ndarray, shifts: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
-        """KV in `slots`, float32 `[layers, slots, kv_heads, width]`, keys turned by `shifts`
-        positions. Waits for what was dispatched before."""
-        keys, values = [], []
-        for shape, count, *arrays in read_parts(slots, shifts):
-            k, v = self._program(shape)(self._weights, self.pages, *arrays)
-            keys.append(np.asarray(k)[:, :count])
-            values.append(None if v is None else np.asarray(v)[:, :count])
-        v = None if values[0] is None else np.concatenate(values, axis=1)
-        return np.concatenate(keys, axis=1), v
 
     def _dispatch_staged(self, plan: StepPlan) -> Dispatched:
         """A staged prefill of one sequence, up to its last prompt token."""

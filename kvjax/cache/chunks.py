@@ -45,6 +45,7 @@ class Variant:
     first: int  # slot of the first token within the first page
     lineage: str = "exact"  # or what its own context was made by
     context_ids: tuple[int, ...] = ()  # the tokens in front of it, where they are known
+    tail: tuple[int, ...] = ()  # what ends the chunk and has no KV: decoding needs none of its last
     scores: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)  # f32[n] each
     facts: dict[str, Any] = dataclasses.field(default_factory=dict)  # what a strategy keeps of it
     arrays: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)  # hidden states, ...
@@ -262,7 +263,7 @@ class ChunkStore:
         }
         for key, variant in self._variants.items():
             assert key == variant.key
-            assert variant.key.chunk == tokens_hash(variant.tokens)
+            assert variant.key.chunk == tokens_hash((*variant.tokens, *variant.tail))
             covered = len(variant.page_ids) * self._pool.page_size
             assert variant.first + variant.num_tokens <= covered
             for page in variant.page_ids:

@@ -439,22 +439,20 @@ class RadixTree:
     def _frees_with_ancestors(self, leaf: RadixNode) -> bool:
         """Whether only nodes of the tree share the leaf's pages, which are free once they go, too.
 
-        Such a leaf goes at its turn though it frees nothing by itself: else two branches that share
-        pages with a common ancestor, or a prefix with another namespace, keep each other alive.
+        Such a leaf goes at its turn though it frees nothing by itself: else branches that share
+        pages with a common ancestor, or with another namespace, keep each other alive.
         """
         if any(self._pool.ref_count(page) > self._held[page] for page in leaf.pages):
             return False
-        if len(leaf.pages) > 1:
-            return True  # shared with another namespace, which then frees them
         page = leaf.pages[0]
-        num_holders = self._held[page]
+        num_holders = self._held[page] if len(leaf.pages) == 1 else 0  # else: another namespace's
         for node in _path(leaf):  # whatever is above and reaches this page has it as its last
-            if node.parent is None:
+            if node.parent is None or num_holders == 0:
                 break
             num_holders -= node.pages[-1] == page
             if num_holders == 0:
                 return node.locks == 0
-        return True  # the rest of the holders are in another namespace
+        return True  # whoever else holds it is in another namespace
 
     def nodes(self) -> Iterator[RadixNode]:
         """Every node with tokens, parents first. Not while the tree changes."""

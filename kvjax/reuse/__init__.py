@@ -16,8 +16,10 @@ from kvjax.reuse.cachetune import CacheTune
 from kvjax.reuse.controls import Oracle, RandomTokens
 from kvjax.reuse.epic import Epic
 from kvjax.reuse.fusionrag import FusionRAG
+from kvjax.reuse.kamera import Kamera
 from kvjax.reuse.kvshare import KVShare
 from kvjax.reuse.naive import Naive, NaiveWithoutRotation
+from kvjax.reuse.relaycaching import RelayCaching
 from kvjax.reuse.strategy import Strategy
 
 __all__ = [
@@ -28,11 +30,13 @@ __all__ = [
     "Epic",
     "FusionRAG",
     "KVShare",
+    "Kamera",
     "Naive",
     "NaiveWithoutRotation",
     "Oracle",
     "PrefixOnly",
     "RandomTokens",
+    "RelayCaching",
     "Strategy",
     "parse",
 ]
@@ -47,7 +51,7 @@ STRATEGIES: dict[str, type[Strategy]] = {
     strategy.name: strategy
     for strategy in (
         PrefixOnly, Naive, NaiveWithoutRotation, Epic, CacheBlend, FusionRAG, CacheTune,
-        KVShare, CacheClip, RandomTokens, Oracle,
+        KVShare, CacheClip, Kamera, RelayCaching, RandomTokens, Oracle,
     )
 }  # fmt: skip
 

@@ -1,23 +1,19 @@
-"""Stored KV as numbers, for strategies that work something out from it."""
+"""Stored KV as numbers: gathered, dequantised, keys turned to where a strategy wants them."""
 
 import dataclasses
-from collections.abc import Iterator
 
 import jax.numpy as jnp
-import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Int
 
 from kvjax.cache.pages import KVPages, KVSpec
 from kvjax.models import Transformer
 from kvjax.pallas_kernels import gather_slots
 from kvjax.pallas_kernels.reposition.rotation import rotate
 
-_RUNGS = (128, 512)  # tokens of a program
-
 
 @dataclasses.dataclass(frozen=True)
 class ReadShape:
-    """The shapes of one program."""
+    """The shape of one read program."""
 
     tokens: int
 
@@ -31,26 +27,22 @@ def read_slots(
     spec: KVSpec,
     slots: Int[Array, " tokens"],
     shifts: Int[Array, " tokens"],
-) -> tuple[
-    Float[Array, "layers tokens heads k_width"], Float[Array, "layers tokens heads v_width"] | None
-]:
-    """Tokens' KV as float32, keys turned by `shifts` positions. A slot of -1 gives zeros."""
+) -> tuple[Array, Array | None]:
+    """Keys, `shifts` positions on, and values: float32 `[layers, tokens, kv_heads, width]`.
+
+    Values are None where a latent is all there is. A slot of -1 gives zeros. Changes nothing.
+
+    Raises:
+      ValueError: layers differ in their heads or widths.
+    """
+    if len({(g.num_kv_heads, g.k_width, g.v_width) for g in spec.groups}) > 1:
+        raise ValueError("the layers' KV differs in shape: it cannot be read as one array")
+    group = spec.groups[0]
     keys, values = [], []
     for layer, held in enumerate(pages.layers):
-        group = spec.groups[spec.group_of[layer]]
         k, v = gather_slots(held, slots, widths=(group.k_width, group.v_width or None))
-        keys.append(rotate(k.astype(jnp.float32), *model.turn(layer, shifts)))
-        values.append(None if v is None else v.astype(jnp.float32))
-    return jnp.stack(keys), None if values[0] is None else jnp.stack(values)
-
-
-def read_parts(
-    slots: np.ndarray, shifts: np.ndarray
-) -> Iterator[tuple[ReadShape, int, np.ndarray, np.ndarray]]:
-    """Calls that read `slots`: the program, how many tokens are real, and padded arguments."""
-    most = _RUNGS[-1]
-    for first in range(0, len(slots), most):
-        part, turn = (x[first : first + most].astype(np.int32) for x in (slots, shifts))
-        size, count = next(r for r in _RUNGS if r >= len(part)), len(part)
-        rest = (0, size - count)
-        yield ReadShape(size), count, np.pad(part, rest, constant_values=-1), np.pad(turn, rest)
+        cos, sin, offset = model.turn(layer, shifts)
+        keys.append(rotate(k.astype(jnp.float32), cos, sin, offset))
+        if v is not None:
+            values.append(v.astype(jnp.float32))
+    return jnp.stack(keys), jnp.stack(values) if values else None

@@ -84,6 +84,16 @@ def value_deviation(layer: Layer) -> Array:
     return layer.to_candidates(_squared(new, old))
 
 
+def value_angle(layer: Layer) -> Array:
+    """1 - cosine between new and stored values, over all heads (keys where there are no values)."""
+    old, new = layer.old, layer.new
+    pair = (old[0], new[0]) if old[1] is None or new[1] is None else (old[1], new[1])
+    a, b = (x.astype(jnp.float32).reshape(x.shape[0], -1) for x in pair)
+    norms = jnp.linalg.norm(a, axis=1) * jnp.linalg.norm(b, axis=1)
+    cosine = (a * b).sum(axis=1) / jnp.maximum(norms, 1e-30)
+    return layer.to_candidates(jnp.maximum(1 - cosine, 0))
+
+
 def kv_deviation(layer: Layer) -> Array:
     """The sum of both."""
     if layer.old[1] is None:
@@ -121,6 +131,7 @@ SCORES: dict[str, Score] = {
     "value_deviation": value_deviation,
     "kv_deviation": kv_deviation,
     "attention_value_deviation": attention_value_deviation,
+    "value_angle": value_angle,
     "question_attention": question_attention,
     "question_attention_within": question_attention_within,
 }

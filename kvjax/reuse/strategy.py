@@ -117,8 +117,9 @@ class KVPatch:
 
     @property
     def num_bytes(self) -> int:
-        """What it takes to keep."""
-        arrays = (self.k, self.v, self.k_left, self.v_left)
+        """What it takes to keep; keys and values may share their left factor."""
+        shared = self.v_left is self.k_left
+        arrays = (self.k, self.v, self.k_left, None if shared else self.v_left)
         return sum(array.nbytes for array in arrays if array is not None)
 
     def part(self, start: int, stop: int) -> "KVPatch":
