@@ -28,6 +28,7 @@ from kvjax.decode import (
 )
 from kvjax.models import ModelConfig, Transformer
 from kvjax.prefix_groups import CascadeRule, PrefixGroups
+from kvjax.readout import LayerKV, ReadShape, ScoreShape, as_layers, padded, read_slots, run_rows
 from kvjax.request import SamplingParams
 from kvjax.reuse.assemble import Move
 from kvjax.reuse.forward import StagedShape, run_staged
@@ -37,7 +38,7 @@ from kvjax.schedule import Limits, Portion, StepPlan
 from kvjax.sequence import Sequence
 from kvjax.step import Bucket, StepBatch, StepLayout, ints, step
 
-ProgramKey = Bucket | MoveShape | StagedShape | str
+ProgramKey = Bucket | MoveShape | StagedShape | ScoreShape | ReadShape | str
 
 _SMALLEST = 16  # tokens of the smallest mixed program
 
@@ -150,6 +151,11 @@ class Runner:
             return self._compile_move(key, pages)
         if isinstance(key, StagedShape):
             return self._compile_staged(key, pages)
+        if isinstance(key, ScoreShape):
+            return self._compile_score(key, pages)
+        if isinstance(key, ReadShape):
+            read = jax.jit(lambda pages, slots: read_slots(pages, self.spec, slots))
+            return read.lower(pages, self._abstract_input((key.slots,))).compile()
         assert isinstance(key, Bucket)
         layout = self._layout(key)
 
@@ -176,6 +182,16 @@ class Runner:
 
         batch = empty_batch(shape, self._pages_per_seq)
         return run.lower(self._weights, pages, self._abstract_inputs(batch)).compile()
+
+    def _compile_score(self, shape: ScoreShape, pages: Any) -> Any:
+        @partial(jax.jit, donate_argnums=1)
+        def run(weights, pages, tokens, first, count, block_table):
+            model = self._model(weights)
+            return run_rows(model, pages, self.spec, tokens, first, count, block_table)
+
+        shapes = ((shape.rows,), (), (), (1, self._pages_per_seq))
+        inputs = [self._abstract_input(one) for one in shapes]
+        return run.lower(self._weights, pages, *inputs).compile()
 
     def _model(self, weights: Any) -> Transformer:
         """The model over flat weights, inside a trace."""
@@ -220,6 +236,32 @@ class Runner:
             self._weights, self.pages, self.state, layout.pack(batch)
         )
         return Dispatched(plan, owners, out, bucket)
+
+    def score(
+        self, tokens: list[int], first: int, page_ids: list[int], copy: tuple[int, int] | None
+    ) -> np.ndarray:
+        """Logits f32[len(tokens), vocab] of tokens from index `first` on, over the KV in `page_ids`.
+
+        Their own KV is written there, after the page `copy[0]` was copied to `copy[1]`. Waits for
+        the device.
+        """
+        if copy is not None:
+            self._copy((copy,))
+        shape = ScoreShape(padded(len(tokens)))
+        ids, table = ints(shape.rows), ints(1, self._pages_per_seq)
+        ids[: len(tokens)], table[0, : len(page_ids)] = tokens, page_ids
+        program = self._program(shape)
+        self.pages, logits = program(
+            self._weights, self.pages, ids, np.int32(first), np.int32(len(tokens)), table
+        )
+        return np.asarray(logits)[: len(tokens)]
+
+    def read(self, slots: np.ndarray) -> tuple[LayerKV, ...]:
+        """Keys and values of `slots`, layer by layer. Waits for the device."""
+        shape = ReadShape(padded(len(slots)))
+        wanted = ints(shape.slots, padding=-1)
+        wanted[: len(slots)] = slots
+        return as_layers(self._program(shape)(self.pages, wanted), len(slots))
 
     def _prepare(self, plan: StepPlan) -> None:
         """What comes before the step's tokens."""
