@@ -13,6 +13,7 @@ COMMANDS = {  # name -> (module with `add_arguments` and `run`, help)
     "engine": ("kvjax.benchmarks.engine", "kvjax and its peers with the same work, interleaved"),
     "kernels": ("kvjax.benchmarks.kernels", "the kernels against the device's own ceilings"),
     "overhead": ("kvjax.benchmarks.overhead", "the engine against its own compiled parts"),
+    "reuse": ("kvjax.benchmarks.reuse", "reuse strategies against the same model's full prefill"),
 }
 
 

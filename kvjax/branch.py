@@ -43,7 +43,7 @@ class Branch:
     @property
     def reuse(self) -> ReuseReport | None:
         """How the KV of its prompt came about; None if nothing but exact prefixes was asked for."""
-        return self._sequence.request.report
+        return self._intake.report(self._sequence.request)
 
     def append(self, text_or_ids: str | Iterable[int]) -> "Branch":
         """Adds text (tokenised by itself) or token ids; computed at the next run.

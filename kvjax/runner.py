@@ -240,7 +240,7 @@ class Runner:
     def score(
         self, tokens: list[int], first: int, page_ids: list[int], copy: tuple[int, int] | None
     ) -> np.ndarray:
-        """Logits f32[len(tokens), vocab] of tokens from index `first` on, over the KV in `page_ids`.
+        """Logits f32[len(tokens), vocab] of tokens from index `first` on over the KV in `page_ids`.
 
         Their own KV is written there, after the page `copy[0]` was copied to `copy[1]`. Waits for
         the device.

@@ -16,7 +16,15 @@ from typing import Protocol
 from kvjax import __version__
 from kvjax.errors import KVJaxError
 
-COMMANDS = ("generate", "chat", "pull", "models", "convert", "info")  # modules beside this one
+COMMANDS = (
+    "generate",
+    "chat",
+    "pull",
+    "models",
+    "convert",
+    "reuse",
+    "info",
+)  # modules beside this one
 
 _DESCRIPTION = "LLM inference in JAX that computes the KV of a token once and reuses it."
 _EPILOG = """\
