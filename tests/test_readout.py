@@ -1,5 +1,7 @@
 """Logits and KV of parked prompts, against the model run by itself and against what is drawn."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -61,7 +63,8 @@ def test_kv_of_a_branch_is_that_of_the_model_run_by_itself(llm):
     run = PagedRun(tiny_model(), num_seqs=1, max_len=len(ids), max_tokens=len(ids))
     run.step({0: ids})
     at = np.arange(len(ids))
-    for mine, held in zip(got, run.pages.layers, strict=True):
+    layers: Any = run.pages.layers
+    for mine, held in zip(got, layers, strict=True):
         for layer, pool in ((mine.k, held.k), (mine.v, held.v)):
             expected = np.asarray(pool)[run.tables[0][at // 16], :, at % 16]
             np.testing.assert_allclose(layer, expected, atol=1e-4)

@@ -36,19 +36,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("action", choices=("check",))
     parser.add_argument("model", metavar="MODEL")
     parser.add_argument(
-        "--reuse", action="append", metavar="SPEC",
+        "--items", type=int, default=ITEMS, metavar="N", help=f"prompts (default: {ITEMS})"
+    )
+    parser.conflict_handler = "resolve"  # `--reuse` of other commands is one spec
+    add_engine(parser)
+    parser.add_argument(
+        "--reuse", action="append", metavar="SPEC", dest="specs",
         help="name or name:option=value,...; may be repeated; default: "
         + ", ".join(strategy.spec for strategy in _candidates()),
     )  # fmt: skip
-    parser.add_argument(
-        "--items", type=int, default=ITEMS, metavar="N", help=f"prompts (default: {ITEMS})"
-    )
-    add_engine(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Runs the command."""
-    chosen = [parse(spec) for spec in args.reuse] if args.reuse else _candidates()
+    chosen = [parse(spec) for spec in args.specs] if args.specs else _candidates()
     for strategy in chosen:
         if not strategy.approximate:
             raise ValueError(f"{strategy.spec} is exact: there is nothing to measure")
