@@ -14,6 +14,7 @@ COMMANDS = {  # name -> (module with `add_arguments` and `run`, help)
     "http": ("kvjax.benchmarks.http", "the server against AsyncLLM, called directly"),
     "kernels": ("kvjax.benchmarks.kernels", "the kernels against the device's own ceilings"),
     "overhead": ("kvjax.benchmarks.overhead", "the engine against its own compiled parts"),
+    "reuse": ("kvjax.benchmarks.reuse", "reuse strategies against the same model's full prefill"),
 }
 
 

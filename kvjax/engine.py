@@ -25,6 +25,7 @@ from kvjax.decode import SampleOutput
 from kvjax.errors import GrammarFailed, KVJaxError, StepFailed
 from kvjax.models import Transformer
 from kvjax.pallas_kernels import cascade_refusal
+from kvjax.readout import LayerKV
 from kvjax.recovery import Suspects
 from kvjax.request import FinishReason, Logprob, PositionLogprobs
 from kvjax.reuse.pack import stage_rows
@@ -133,6 +134,32 @@ class Engine:
         self.scheduler.fork(parent, sequence)
         sequence.status = Status.FINISHED
         self._parked.add(sequence)
+
+    def score(self, sequence: Sequence, continuation: list[int]) -> np.ndarray:
+        """Logits f32[1 + len(continuation), vocab] behind a parked sequence's last token and behind
+        each token of `continuation`. Runs these over the sequence's KV, which stays as it is.
+
+        Raises:
+          OutOfPages: there is no room for the KV of the continuation.
+        """
+        size, first = self.spec.page_size, len(sequence.tokens) - 1
+        kept = first // size
+        with self.scheduler.lease(-(-(first + 1 + len(continuation)) // size) - kept) as lease:
+            copy = (sequence.page_ids[kept], lease.pages[0]) if first % size else None
+            pages = [*sequence.page_ids[:kept], *lease.pages]
+            try:
+                return self.runner.score([sequence.tokens[-1], *continuation], first, pages, copy)
+            except BaseException:  # the program consumes the pages
+                self._start_over()
+                raise
+
+    def read(self, sequence: Sequence) -> tuple[LayerKV, ...]:
+        """KV of a parked sequence's tokens, by layer: as stored, in float32."""
+        size, at = self.spec.page_size, np.arange(sequence.num_computed)
+        slots = np.asarray(sequence.page_ids)[at // size] * size + at % size
+        k, v = self.runner.read(slots, 0)
+        values = [None] * len(k) if v is None else v
+        return tuple(LayerKV(keys, held) for keys, held in zip(k, values, strict=True))
 
     @property
     def parked(self) -> frozenset[Sequence]:

@@ -22,7 +22,9 @@ from kvjax.request import (
     SamplingParams,
     StructuredOutputs,
 )
-from kvjax.reuse import parse
+from kvjax.reuse import Strategy, parse
+from kvjax.reuse.gate import Gate
+from kvjax.reuse.report import ReuseReport
 from kvjax.sequence import Request, Sequence
 from kvjax.text import TextStream
 
@@ -43,11 +45,14 @@ class Intake:
         seed: int | None,
         clock: Callable[[], float],
         reuse: Any = None,
+        gate: Gate | None = None,
     ) -> None:
+        """`gate`: what approximate strategies have to pass; None lets all of them through."""
         self.tokenizer, self.clock = tokenizer, clock
         self.vocab_size, self.end_token_ids = vocab_size, end_token_ids
         self.max_model_len, self.max_prompt_tokens = max_model_len, max_prompt_tokens
-        self.reuse = parse(reuse)
+        self._gate = gate
+        self.reuse = self._strategy(reuse)
         self.grammars = Grammars(tokenizer, vocab_size, end_token_ids)
         self._arrivals = itertools.count()
         self._random = None if seed is None else random.Random(seed)
@@ -69,13 +74,14 @@ class Intake:
             not fit the model.
           PromptTooLong: the prompt and one token do not fit the context, or the prompt does not
             fit the page pool.
+          ReuseRefused: the strategy for its chunks may not serve this model.
         """
         text, ids, spans = self.marked_tokens(prompt)
         if text is not None:
             ids = self.checked_ids(ids)  # a vocabulary can be larger than the model's
         request = self.from_ids(ids, params, text=text, request_id=request_id, samples=samples)
         if spans and params.prompt_logprobs is None:  # which need every prompt token run
-            request.strategy = parse(params.reuse) if params.reuse is not None else self.reuse
+            request.strategy = self.reuse if params.reuse is None else self._strategy(params.reuse)
             request.chunk_spans = spans
         return request
 
@@ -223,6 +229,20 @@ class Intake:
         if bad_word_ids:
             seat_features(params, self.vocab_size, bad_word_ids=bad_word_ids)
 
+    def _strategy(self, spec: Any) -> Strategy:
+        """The strategy of a spec, if it may serve this model."""
+        strategy = parse(spec)
+        if self._gate is not None:
+            self._gate.check(strategy)
+        return strategy
+
+    def report(self, request: Request) -> ReuseReport | None:
+        """How the prompt's KV came about, with what that was measured to cost."""
+        if request.report is None or request.strategy is None or self._gate is None:
+            return request.report  # of a continued branch, whose prompt came with another request
+        loss = self._gate.loss(request.strategy)
+        return dataclasses.replace(request.report, estimated_loss=loss)
+
     def _seed(self) -> int:
         return self._random.getrandbits(64) if self._random else secrets.randbits(64)
 
@@ -249,7 +269,7 @@ class Intake:
             prompt_logprobs=None if logprobs is None else tuple(logprobs),
             metrics=dataclasses.replace(request.metrics),
             num_cached_tokens=request.num_cached_tokens,
-            reuse=request.report,
+            reuse=self.report(request),
             error=request.error,
         )
 

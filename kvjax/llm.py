@@ -110,12 +110,27 @@ class LLM:
 
     # ---- branches ---------------------------------------------------------------------------
 
-    def open(self, prompt: Prompt, *, cache_salt: str | None = None) -> Branch:
+    def open(
+        self,
+        prompt: Prompt,
+        sampling_params: SamplingParams | None = None,
+        *,
+        cache_salt: str | None = None,
+    ) -> Branch:
         """Computes the KV of `prompt` and keeps it: fork it, append to it, run it.
 
-        Close it (or use `with`) to give its pages back.
+        Of `sampling_params`, what concerns the prompt counts: `reuse` for its chunks, `cache_salt`,
+        `skip_reading_prefix_cache`, `priority`, `extra_args`. Close it (or use `with`) to give its
+        pages back.
         """
-        params = SamplingParams(max_tokens=1, cache_salt=cache_salt)
+        given = sampling_params or SamplingParams()
+        if cache_salt is not None and given.cache_salt not in (None, cache_salt):
+            raise ValueError(f"two salts: {cache_salt=} and {given.cache_salt!r} in the parameters")
+        cache_salt = cache_salt or given.cache_salt
+        params = SamplingParams(
+            max_tokens=1, cache_salt=cache_salt, reuse=given.reuse, priority=given.priority,
+            skip_reading_prefix_cache=given.skip_reading_prefix_cache, extra_args=given.extra_args,
+        )  # fmt: skip
         request = self._intake.request(prompt, params, samples=False)
         request.sequences[0].keeps_pages = True
         try:

@@ -29,17 +29,18 @@ from kvjax.decode import (
 )
 from kvjax.models import ModelConfig, Transformer
 from kvjax.prefix_groups import CascadeRule, PrefixGroups
+from kvjax.programs import SideKey, side_program
+from kvjax.readout import ScoreShape, padded
 from kvjax.request import SamplingParams
 from kvjax.reuse.assemble import Move
 from kvjax.reuse.forward import StagedShape, rung
-from kvjax.reuse.move import move_chunks
-from kvjax.reuse.pack import MoveShape, batched_moves, empty_move, stage_prompt
-from kvjax.reuse.read import ReadShape, read_slots
+from kvjax.reuse.pack import batched_moves, stage_prompt
+from kvjax.reuse.read import ReadShape
 from kvjax.sequence import Sequence
 from kvjax.step import Bucket, StepBatch, StepLayout, ints, step
 from kvjax.step_plan import Limits, Portion, StepPlan
 
-ProgramKey = Bucket | MoveShape | ReadShape | StagedShape | str
+ProgramKey = Bucket | SideKey | str
 
 _BESIDE = ("copy_pages", "load_seat", "load_masks")  # programs beside the step
 _SMALLEST = 16  # tokens of the smallest mixed program
@@ -149,15 +150,17 @@ class Runner:
         if key == "load_seat":
             features = seat_features(SamplingParams(), self.config.vocab_size)
             return load_seat.lower(state, np.int32(0), features).compile()
-        if isinstance(key, MoveShape):
-            return self._compile_move(key, pages)
-        if isinstance(key, StagedShape):
-            return self._compile_staged(key, pages)
-        if isinstance(key, ReadShape):
-            return self._compile_read(key, pages)
         if key == "load_masks":
             seats, masks = self._mask_arrays()
             return load_masks.lower(state, seats, masks).compile()
+        if isinstance(key, SideKey):
+            build = side_program(key, self.spec, self.config.num_layers, self._pages_per_seq)
+            arguments = self._abstract_inputs(build.arguments)
+            run = jax.jit(
+                lambda weights, *rest: build.run(self._model(weights), *rest),
+                donate_argnums=1 if build.consumes_pages else (),
+            )
+            return run.lower(self._weights, pages, *arguments).compile()
         assert isinstance(key, Bucket)
         layout = self._layout(key)
 
@@ -168,30 +171,6 @@ class Runner:
 
         buffer = self._abstract_input((layout.size,))
         return run.lower(self._weights, pages, state, buffer).compile()
-
-    def _compile_move(self, shape: MoveShape, pages: Any) -> Any:
-        @partial(jax.jit, donate_argnums=1)
-        def run(weights, pages, *arrays):
-            return move_chunks(self._model(weights), pages, *arrays, frame=shape.frame)
-
-        arrays = empty_move(shape, self.config.num_layers, self.spec)
-        return run.lower(self._weights, pages, *self._abstract_inputs(arrays)).compile()
-
-    def _compile_staged(self, shape: StagedShape, pages: Any) -> Any:
-        @partial(jax.jit, donate_argnums=1)
-        def run(weights, pages, batch):
-            return run_staged(self._model(weights), pages, self.spec, shape, batch)
-
-        batch = empty_batch(shape, self._pages_per_seq)
-        return run.lower(self._weights, pages, self._abstract_inputs(batch)).compile()
-
-    def _compile_read(self, shape: ReadShape, pages: Any) -> Any:
-        @jax.jit
-        def run(weights, pages, slots, shifts):
-            return read_slots(self._model(weights), pages, self.spec, slots, shifts)
-
-        ints = self._abstract_input((shape.tokens,))
-        return run.lower(self._weights, pages, ints, ints).compile()
 
     def _model(self, weights: Any) -> Transformer:
         """The model over flat weights, inside a trace."""
@@ -255,6 +234,25 @@ class Runner:
             self._weights, self.pages, self.state, layout.pack(batch)
         )
         return Dispatched(plan, owners, out, bucket)
+
+    def score(
+        self, tokens: list[int], first: int, page_ids: list[int], copy: tuple[int, int] | None
+    ) -> np.ndarray:
+        """Logits f32[len(tokens), vocab] of tokens from index `first` on over the KV in `page_ids`.
+
+        Their own KV is written there, after the page `copy[0]` was copied to `copy[1]`. Waits for
+        the device.
+        """
+        if copy is not None:
+            self._copy((copy,))
+        shape = ScoreShape(padded(len(tokens)))
+        ids, table = ints(shape.rows), ints(1, self._pages_per_seq)
+        ids[: len(tokens)], table[0, : len(page_ids)] = tokens, page_ids
+        program = self._program(shape)
+        self.pages, logits = program(
+            self._weights, self.pages, ids, np.int32(first), np.int32(len(tokens)), table
+        )
+        return np.asarray(logits)[: len(tokens)]
 
     def _prepare(self, plan: StepPlan) -> None:
         """What comes before the step's tokens."""

@@ -8,7 +8,7 @@ Others that share it (a fork, a prefix hit) copy it before their first write.
 from collections.abc import Callable, Hashable
 
 from kvjax.cache.chunks import ChunkStore
-from kvjax.cache.pool import PagePool
+from kvjax.cache.pool import PageLease, PagePool
 from kvjax.cache.radix import Match, RadixTree
 from kvjax.errors import OutOfPages
 from kvjax.sequence import Assembled, Sequence, Status
@@ -87,6 +87,12 @@ class Scheduler:
         child.num_computed = computed
         child.owns_tail = False
         child.assembly = parent.assembly
+
+    def lease(self, count: int) -> PageLease:
+        """Pages for a while, in place of what is only cached if need be. Entering it may raise
+        `OutOfPages`."""
+        self._free(count)
+        return self.pool.lease(count)
 
     def forget(self) -> None:
         """The device lost every page: all sequences start over, the tree is empty."""

@@ -23,6 +23,7 @@ COMMANDS = (
     "pull",
     "models",
     "convert",
+    "reuse",
     "info",
 )  # modules beside this one
 

@@ -136,6 +136,8 @@ def add_engine(parser: argparse.ArgumentParser) -> None:
     add("page_size", "KV slots per page; 16 on a CPU, 64 elsewhere", type=int, metavar="N")
     add("enable_prefix_caching", "reuse the KV of equal prompt beginnings")
     add("eviction_policy", "what leaves a full cache first", choices=sorted(EVICTION_POLICIES))
+    add("max_reuse_loss", "nats per token that reuse may cost", type=float, metavar="X")
+    add("force_reuse", "reuse that was not measured, or costs more (see kvjax reuse check)")
     add("deterministic", "bits of a result never depend on what else is in the batch")
     add("overlap", "plan a step while the device runs the one before")
     add("compilation_cache", "keep compiled programs for the next run")
