@@ -17,6 +17,7 @@ from kvjax.models import ModelConfig, Sharding, kv_spec, load_model, model_confi
 from kvjax.models.checkpoint import Checkpoint, open_checkpoint
 from kvjax.models.tokenizers import Tokenizer, load_tokenizer
 from kvjax.pallas_kernels import native
+from kvjax.reuse.gate import Gate, Verdicts
 
 log = logging.getLogger("kvjax")
 
@@ -39,6 +40,7 @@ def build(model: str | Path, config: EngineConfig, mesh: Mesh | None = None) -> 
 
     Raises:
       ModelNotFound, UnsupportedModel, CorruptWeights, TokenizerNotFound: see `kvjax.errors`.
+      ReuseRefused: `config.reuse` was not measured on this model, or loses too much.
       ValueError: a setting does not fit the model.
     """
     if config.compilation_cache:
@@ -75,6 +77,8 @@ def build(model: str | Path, config: EngineConfig, mesh: Mesh | None = None) -> 
         max_prompt_tokens=num_pages * page_size,
         seed=config.seed,
         clock=time.monotonic,
+        reuse=config.reuse,
+        gate=Gate(verdicts(checkpoint, config), config.max_reuse_loss, forced=config.force_reuse),
     )
     engine = Engine(
         transformer,
@@ -85,6 +89,11 @@ def build(model: str | Path, config: EngineConfig, mesh: Mesh | None = None) -> 
         decode_token=lambda token: tokenizer.decode([token], skip_special_tokens=False),
     )
     return Built(engine, intake, checkpoint, arch, tokenizer)
+
+
+def verdicts(checkpoint: Checkpoint, config: EngineConfig) -> Verdicts:
+    """What reuse was measured to cost a model with the KV type of `config`."""
+    return Verdicts(cache_dir() / "reuse", lambda: checkpoint.fingerprint, config.kv_dtype)
 
 
 def enable_compilation_cache() -> None:

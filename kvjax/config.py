@@ -2,7 +2,7 @@
 
 import dataclasses
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,6 +16,17 @@ def cache_dir() -> Path:
         return Path(own).expanduser()
     shared = os.environ.get("XDG_CACHE_HOME")
     return (Path(shared) if shared else Path.home() / ".cache") / "kvjax"
+
+
+_SWITCHES = (
+    "enable_prefix_caching", "deterministic", "overlap", "compilation_cache", "force_reuse",
+)  # fmt: skip
+
+
+def environment(names: Iterable[str]) -> dict[str, str]:
+    """What `KVJAX_NAME` says, in upper case, for each of `names` that is set and not empty."""
+    values = {name: os.environ.get(f"KVJAX_{name.upper()}") for name in names}
+    return {name: value for name, value in values.items() if value}
 
 
 KV_CACHE_DTYPES = ("auto", "float32", "bfloat16", "int8", "float8_e4m3fn")
@@ -36,6 +47,10 @@ class EngineConfig:
     memory_utilization: float = 0.9  # of an accelerator's memory; on CPU KV takes 5 % of the host's
     enable_prefix_caching: bool = True
     eviction_policy: str = "lru"
+    reuse: Any = None  # spec or `kvjax.reuse.Strategy` for prompts with chunks; None: exact only
+    max_reuse_loss: float = 0.1  # nats per token that approximate reuse may cost (`reuse check`)
+    force_reuse: bool = False  # also where it was measured to cost more, or not measured at all
+    chunk_cache_share: float = 0.5  # of the KV pages, that stored chunks may take at most
     deterministic: bool = False  # one row of float32 costs as much as two, and bits stop depending
     overlap: bool = True  # plan and dispatch the next step before this one's tokens are read
     compilation_cache: bool = True
@@ -71,7 +86,13 @@ class EngineConfig:
         share = self.memory_utilization
         if not isinstance(share, int | float) or not 0 < share <= 1:
             raise ValueError(f"memory_utilization must be a number in (0, 1], got {share!r}")
-        for name in ("enable_prefix_caching", "deterministic", "overlap", "compilation_cache"):
+        share = self.chunk_cache_share
+        if not isinstance(share, int | float) or not 0 <= share <= 1:
+            raise ValueError(f"chunk_cache_share must be a number in [0, 1], got {share!r}")
+        loss = self.max_reuse_loss
+        if isinstance(loss, bool) or not isinstance(loss, int | float) or not loss >= 0:
+            raise ValueError(f"max_reuse_loss must be a number of at least 0, got {loss!r}")
+        for name in _SWITCHES:
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
         if self.seed is not None and not isinstance(self.seed, int):

@@ -33,6 +33,10 @@ class TokenizerNotFound(KVJaxError, FileNotFoundError):
     """The checkpoint brings no tokenizer that can be read."""
 
 
+class GrammarFailed(KVJaxError, RuntimeError):
+    """What a request forbids otherwise leaves no token that its structured outputs allow."""
+
+
 class StepFailed(KVJaxError, RuntimeError):
     """The device step raised for this request; the others went on. `__cause__` says what raised."""
 
@@ -42,7 +46,7 @@ class UnknownChunk(KVJaxError, LookupError):
 
 
 class UnknownStrategy(KVJaxError, ValueError):
-    """No reuse strategy has that name, or it has no such option; the message lists what there is."""
+    """No reuse strategy has that name, or it has no such option; the message lists them."""
 
 
 class ReuseRefused(KVJaxError, ValueError):

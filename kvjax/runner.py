@@ -21,6 +21,7 @@ from kvjax.decode import (
     DecodeState,
     RowRequest,
     SampleOutput,
+    load_masks,
     load_seat,
     pack_rows,
     seat_features,
@@ -28,11 +29,20 @@ from kvjax.decode import (
 )
 from kvjax.models import ModelConfig, Transformer
 from kvjax.prefix_groups import CascadeRule, PrefixGroups
+from kvjax.programs import SideKey, side_program
+from kvjax.readout import ScoreShape, padded
 from kvjax.request import SamplingParams
-from kvjax.schedule import Chunk, Limits, StepPlan
+from kvjax.reuse.assemble import Move
+from kvjax.reuse.forward import StagedShape, rung
+from kvjax.reuse.pack import batched_moves, stage_prompt
+from kvjax.reuse.read import ReadShape
 from kvjax.sequence import Sequence
 from kvjax.step import Bucket, StepBatch, StepLayout, ints, step
+from kvjax.step_plan import Limits, Portion, StepPlan
 
+ProgramKey = Bucket | SideKey | str
+
+_BESIDE = ("copy_pages", "load_seat", "load_masks")  # programs beside the step
 _SMALLEST = 16  # tokens of the smallest mixed program
 
 
@@ -51,8 +61,9 @@ class Dispatched:
 
     plan: StepPlan
     owners: tuple[RowOwner, ...]
-    out: SampleOutput
-    bucket: Bucket
+    out: SampleOutput | None  # None: a staged prefill, which draws nothing
+    bucket: Bucket | StagedShape
+    stages: tuple[Any, ...] = ()  # indices of the rows that each stage of it ran
 
 
 class Runner:
@@ -75,7 +86,7 @@ class Runner:
         self.arguments = stage_arguments()
         self.cascade_rule = _cascade_rule(model.config, spec) if cascade else None
         self.buckets = ladder(limits, self.cascade_rule is not None)
-        self._programs: dict[Bucket | str, Any] = {}
+        self._programs: dict[ProgramKey, Any] = {}
         self._layouts: dict[Bucket, StepLayout] = {}
         self.compiles = 0
         self.compile_seconds = 0.0
@@ -110,7 +121,7 @@ class Runner:
 
     def compile_next(self) -> str | None:
         """Compiles one more program; its name, or None when all are there."""
-        for key in ("copy_pages", "load_seat", *self.buckets):
+        for key in (*_BESIDE, *self.buckets):
             if key not in self._programs:
                 self._program(key)
                 return str(key)
@@ -119,9 +130,9 @@ class Runner:
     @property
     def is_warm(self) -> bool:
         """Whether every program is compiled."""
-        return len(self._programs) == len(self.buckets) + 2
+        return all(key in self._programs for key in (*_BESIDE, *self.buckets))
 
-    def _program(self, key: "Bucket | str") -> Any:
+    def _program(self, key: ProgramKey) -> Any:
         if key not in self._programs:
             start = time.perf_counter()
             self._programs[key] = self._compile(key)
@@ -130,7 +141,7 @@ class Runner:
             _return_freed_memory()
         return self._programs[key]
 
-    def _compile(self, key: "Bucket | str") -> Any:
+    def _compile(self, key: ProgramKey) -> Any:
         pages, state = (jax.tree.map(_abstract, tree) for tree in (self.pages, self.state))
         if key == "copy_pages":
             ids = self._abstract_input((self.limits.max_num_seqs,))
@@ -139,22 +150,42 @@ class Runner:
         if key == "load_seat":
             features = seat_features(SamplingParams(), self.config.vocab_size)
             return load_seat.lower(state, np.int32(0), features).compile()
+        if key == "load_masks":
+            seats, masks = self._mask_arrays()
+            return load_masks.lower(state, seats, masks).compile()
+        if isinstance(key, SideKey):
+            build = side_program(key, self.spec, self.config.num_layers, self._pages_per_seq)
+            arguments = self._abstract_inputs(build.arguments)
+            run = jax.jit(
+                lambda weights, *rest: build.run(self._model(weights), *rest),
+                donate_argnums=1 if build.consumes_pages else (),
+            )
+            return run.lower(self._weights, pages, *arguments).compile()
         assert isinstance(key, Bucket)
         layout = self._layout(key)
 
         @partial(jax.jit, donate_argnums=(1, 2))
         def run(weights, pages, state, buffer):
-            model = nnx.merge(self._graph, jax.tree.unflatten(self._weights_tree, weights))
+            model = self._model(weights)
             return step(model, pages, state, layout.unpack(buffer), decode=key.decode)
 
         buffer = self._abstract_input((layout.size,))
         return run.lower(self._weights, pages, state, buffer).compile()
 
-    def _abstract_input(self, shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
+    def _model(self, weights: Any) -> Transformer:
+        """The model over flat weights, inside a trace."""
+        return nnx.merge(self._graph, jax.tree.unflatten(self._weights_tree, weights))
+
+    def _abstract_inputs(self, tree: Any) -> Any:
+        return jax.tree.map(lambda x: self._abstract_input(x.shape, x.dtype), tree)
+
+    def _abstract_input(
+        self, shape: tuple[int, ...], dtype: Any = np.int32
+    ) -> jax.ShapeDtypeStruct:
         sharding = None
         if self.sharding.mesh is not None:
             sharding = jax.sharding.NamedSharding(self.sharding.mesh, jax.sharding.PartitionSpec())
-        return jax.ShapeDtypeStruct(shape, np.int32, sharding=sharding)
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
     def _layout(self, bucket: Bucket) -> StepLayout:
         if bucket not in self._layouts:
@@ -163,6 +194,24 @@ class Runner:
             )
         return self._layouts[bucket]
 
+    # ---- reading ----------------------------------------------------------------------------
+
+    def read(
+        self, slots: np.ndarray, shift: int | np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray | None]:
+        """KV at `slots`, keys turned `shift` positions on (all, or each); see `read_slots`.
+
+        Blocks until the steps before it are done. For the thread that owns the engine.
+        """
+        count = len(slots)
+        shape = ReadShape(rung(count))
+        rest = (0, shape.tokens - count)
+        padded = np.pad(slots.astype(np.int32), rest, constant_values=-1)
+        shifts = np.zeros(shape.tokens, np.int32)
+        shifts[:count] = shift
+        k, v = self._program(shape)(self._weights, self.pages, padded, shifts)
+        return np.asarray(k)[:, :count], None if v is None else np.asarray(v)[:, :count]
+
     # ---- running ----------------------------------------------------------------------------
 
     def dispatch(self, plan: StepPlan) -> Dispatched:
@@ -170,14 +219,14 @@ class Runner:
 
         If this (or reading the results) raises, pages and state are lost: call `rebuild()`.
         """
+        if plan.staged is not None:
+            return self._dispatch_staged(plan)
         groups = self._groups(plan)
         bucket = self._bucket(plan, groups is not None)
         program, layout = self._program(bucket), self._layout(bucket)
         batch, owners = self._batch(plan, bucket, groups)
-        if plan.copies:
-            self._copy(plan.copies)
-        for sequence in plan.loads:
-            self._load_seat(sequence)
+        self._prepare(plan)
+        self._load_masks(plan)
         self.real_tokens += plan.num_tokens
         self.padded_tokens += bucket.tokens
         self.cascade_steps += bucket.cascade
@@ -185,6 +234,51 @@ class Runner:
             self._weights, self.pages, self.state, layout.pack(batch)
         )
         return Dispatched(plan, owners, out, bucket)
+
+    def score(
+        self, tokens: list[int], first: int, page_ids: list[int], copy: tuple[int, int] | None
+    ) -> np.ndarray:
+        """Logits f32[len(tokens), vocab] of tokens from index `first` on over the KV in `page_ids`.
+
+        Their own KV is written there, after the page `copy[0]` was copied to `copy[1]`. Waits for
+        the device.
+        """
+        if copy is not None:
+            self._copy((copy,))
+        shape = ScoreShape(padded(len(tokens)))
+        ids, table = ints(shape.rows), ints(1, self._pages_per_seq)
+        ids[: len(tokens)], table[0, : len(page_ids)] = tokens, page_ids
+        program = self._program(shape)
+        self.pages, logits = program(
+            self._weights, self.pages, ids, np.int32(first), np.int32(len(tokens)), table
+        )
+        return np.asarray(logits)[: len(tokens)]
+
+    def _prepare(self, plan: StepPlan) -> None:
+        """What comes before the step's tokens."""
+        if plan.copies:
+            self._copy(plan.copies)
+        if plan.moves:
+            self._move(plan.moves)
+        for sequence in plan.loads:
+            self._load_seat(sequence)
+
+    def _move(self, moves: tuple[tuple[Sequence, Move], ...]) -> None:
+        """Stored KV into sequences' own pages; moves without a patch travel together."""
+        for move in batched_moves(moves, self.spec.page_size):
+            program = self._program(move.shape)
+            self.pages = program(self._weights, self.pages, *move.arrays)
+
+    def _dispatch_staged(self, plan: StepPlan) -> Dispatched:
+        """A staged prefill of one sequence, up to its last prompt token."""
+        assert plan.staged is not None
+        self._prepare(plan)
+        shape, batch = stage_prompt(plan.staged, self.spec.page_size, self._pages_per_seq)
+        rows = sum(stage.rows for stage in shape.stages)
+        self.padded_tokens += rows
+        program = self._program(shape)
+        self.pages, stages = program(self._weights, self.pages, batch)
+        return Dispatched(plan, (), None, shape, stages)
 
     def _copy(self, copies: tuple[tuple[int, int], ...]) -> None:
         width = self.limits.max_num_seqs
@@ -209,21 +303,41 @@ class Runner:
 
     def _groups(self, plan: StepPlan) -> PrefixGroups | None:
         """Who reads a prefix together in a decode step, if that pays."""
-        if self.cascade_rule is None or len(plan.chunks) < 2 or not _is_decode(plan):
+        if self.cascade_rule is None or len(plan.portions) < 2 or not _is_decode(plan):
             return None
         return self.cascade_rule.groups(
-            [chunk.sequence.page_ids for chunk in plan.chunks],
-            [chunk.stop for chunk in plan.chunks],
+            [portion.sequence.page_ids for portion in plan.portions],
+            [portion.stop for portion in plan.portions],
         )
+
+    def _load_masks(self, plan: StepPlan) -> None:
+        """Tells the device what the sequences with a grammar may draw in this step."""
+        drawing = [
+            c.sequence for c in plan.portions if c.samples and c.sequence.grammar is not None
+        ]
+        if not drawing:
+            return
+        seats, masks = self._mask_arrays()
+        for row, sequence in enumerate(drawing):
+            assert sequence.grammar is not None
+            assert sequence.seat is not None
+            seats[row], masks[row] = sequence.seat, sequence.grammar.mask()
+        self.state = self._program("load_masks")(self.state, seats, masks)
+
+    def _mask_arrays(self) -> tuple[np.ndarray, np.ndarray]:
+        """Padding: seats past all of them, with any mask."""
+        rows = self.limits.max_num_seqs
+        words = -(-self.config.vocab_size // 32)
+        return np.full(rows, rows + 1, np.int32), np.zeros((rows, words), np.int32)
 
     def _bucket(self, plan: StepPlan, cascade: bool = False) -> Bucket:
         """The smallest program that holds the plan."""
-        scores = any(chunk.scores_prompt for chunk in plan.chunks)
+        scores = any(portion.scores_prompt for portion in plan.portions)
         if _is_decode(plan):
             fits = [
                 b
                 for b in self.buckets
-                if b.decode and b.seqs >= len(plan.chunks) and b.cascade == cascade
+                if b.decode and b.seqs >= len(plan.portions) and b.cascade == cascade
             ]
         else:
             fits = [
@@ -243,24 +357,26 @@ class Runner:
         starts, kv_lens, tables = ints(s + 1), ints(s), ints(s, self._pages_per_seq)
         rows: list[tuple[int, RowOwner]] = []
         at = 0
-        chunks = plan.chunks if groups is None else [plan.chunks[i] for i in groups.order]
-        for i, chunk in enumerate(chunks):
-            sequence, n = chunk.sequence, chunk.stop - chunk.start
+        portions = plan.portions if groups is None else [plan.portions[i] for i in groups.order]
+        for i, portion in enumerate(portions):
+            sequence, n = portion.sequence, portion.num_tokens
             span = slice(at, at + n)
-            known = sequence.tokens[chunk.start : chunk.stop]
+            indices = portion.indices
+            known = sequence.tokens[portion.start : portion.stop]
+            if portion.reused:
+                known = [sequence.tokens[i] for i in indices if i < len(sequence.tokens)]
             tokens[at : at + len(known)] = known
             if len(known) < n:
                 source[at + len(known)] = sequence.seat
-            indices = np.arange(chunk.start, chunk.stop, dtype=np.int32)
             tables[i, : len(sequence.page_ids)] = sequence.page_ids
             positions[span] = indices
             slots[span] = tables[i, indices // size] * size + indices % size
             hi[span] = indices + 1
-            kv_lens[i] = chunk.stop
+            kv_lens[i] = portion.stop
             at += n
             starts[i + 1] = at
-            rows += _rows(chunk, at - n)
-        starts[len(plan.chunks) + 1 :] = at
+            rows += _rows(portion, at - n)
+        starts[len(plan.portions) + 1 :] = at
         logits_rows = ints(bucket.rows)
         logits_rows[: len(rows)] = [row for row, _ in rows]
         owners = tuple(owner for _, owner in rows)
@@ -298,7 +414,7 @@ def _return_freed_memory() -> None:
 
 def _is_decode(plan: StepPlan) -> bool:
     """Whether every sequence brings one token, to draw the next from."""
-    return all(c.stop - c.start == 1 and not c.scores_prompt for c in plan.chunks)
+    return all(c.num_tokens == 1 and not c.scores_prompt for c in plan.portions)
 
 
 def _cascade_rule(config: ModelConfig, spec: KVSpec) -> CascadeRule | None:
@@ -344,15 +460,17 @@ def _lower_bounds(hi: np.ndarray, window: int | None) -> Any:
     return np.zeros_like(hi) if window is None else np.maximum(0, hi - window)
 
 
-def _rows(chunk: Chunk, first: int) -> list[tuple[int, RowOwner]]:
-    """Query tokens of a chunk whose logits are wanted, and what for."""
-    sequence, last = chunk.sequence, chunk.stop - chunk.start - 1
+def _rows(portion: Portion, first: int) -> list[tuple[int, RowOwner]]:
+    """Query tokens of a portion whose logits are wanted, and what for."""
+    sequence, last = portion.sequence, portion.num_tokens - 1
     rows = []
-    if chunk.scores_prompt:
-        scored = min(chunk.stop, sequence.num_prompt - 1) - chunk.start
-        rows = [(first + i, RowOwner(sequence, False, chunk.start + i + 1)) for i in range(scored)]
-    if chunk.samples:
-        rows.append((first + last, RowOwner(sequence, True, chunk.stop)))
+    if portion.scores_prompt:
+        scored = min(portion.stop, sequence.num_prompt - 1) - portion.start
+        rows = [
+            (first + i, RowOwner(sequence, False, portion.start + i + 1)) for i in range(scored)
+        ]
+    if portion.samples:
+        rows.append((first + last, RowOwner(sequence, True, portion.stop)))
     return rows
 
 
@@ -371,6 +489,7 @@ def _row_request(owner: RowOwner) -> RowRequest:
         active=owner.draws,
         forced_token=-1 if owner.draws else sequence.tokens[owner.position],
         want_logprobs=wants is not None,
+        uses_grammar=owner.draws and sequence.grammar is not None,
     )
 
 

@@ -13,8 +13,8 @@ from kvjax.pallas_kernels import OPERATIONS
 from kvjax.prefix_groups import CascadeRule
 from kvjax.request import SamplingParams
 from kvjax.runner import ladder
-from kvjax.schedule import Limits
 from kvjax.step import Bucket, StepLayout
+from kvjax.step_plan import Limits
 from tests.test_engine_exactness import cold, serve
 from tests.tiny_model import tiny_engine, tiny_model
 

@@ -10,7 +10,7 @@ Host bookkeeping over page ids; what fills and reads the pages is `kvjax.chunks`
 import dataclasses
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -22,7 +22,7 @@ PROTECTED_SHARE = 0.8  # of the capacity, that chunks used more than once may ho
 
 def tokens_hash(tokens: Iterable[int]) -> str:
     """128 bits that stand for a sequence of token ids, as hexadecimal digits."""
-    return hashlib.blake2b(np.asarray(list(tokens), np.int64), digest_size=16).hexdigest()
+    return hashlib.blake2b(np.asarray(list(tokens), np.int64).tobytes(), digest_size=16).hexdigest()
 
 
 class VariantKey(NamedTuple):
@@ -45,6 +45,7 @@ class Variant:
     first: int  # slot of the first token within the first page
     lineage: str = "exact"  # or what its own context was made by
     context_ids: tuple[int, ...] = ()  # the tokens in front of it, where they are known
+    tail: tuple[int, ...] = ()  # what ends the chunk and has no KV: decoding needs none of its last
     scores: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)  # f32[n] each
     facts: dict[str, Any] = dataclasses.field(default_factory=dict)  # what a strategy keeps of it
     arrays: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)  # hidden states, ...
@@ -72,12 +73,8 @@ class VariantView(NamedTuple):
     saving: float  # share of the chunk's tokens that a use of it did not compute, on average
 
 
-class ChunkEvictionPolicy(Protocol):
-    """Order in which variants leave. Pure."""
-
-    def priority(self, variant: VariantView) -> tuple[float, ...]:
-        """Sort key; the smallest goes first."""
-        ...
+# Order in which variants leave: a pure sort key, the smallest goes first.
+ChunkEvictionPolicy = Callable[[VariantView], tuple[float, ...]]
 
 
 def _lru(variant: VariantView) -> tuple[float, ...]:
@@ -93,15 +90,10 @@ def _saving(variant: VariantView) -> tuple[float, ...]:
     return (variant.uses * variant.saving, variant.last_use)
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class _ByKey:
-    priority: Callable[[VariantView], tuple[float, ...]]
-
-
 CHUNK_EVICTION_POLICIES: dict[str, ChunkEvictionPolicy] = {
-    "lru": _ByKey(_lru),
-    "lfu": _ByKey(_lfu),
-    "saving": _ByKey(_saving),
+    "lru": _lru,
+    "lfu": _lfu,
+    "saving": _saving,
 }
 
 
@@ -243,18 +235,19 @@ class ChunkStore:
         return len(found)
 
     def evict(self, num_pages: int) -> int:
-        """Drops unpinned variants in the order of the policy until that many pages became free.
+        """Drops unpinned variants in the order of the policy until they held that many pages.
 
-        Those whose pages others still use free nothing and stay. Returns the pages freed.
+        Pages that others still use, the prefix tree among them, are not free by that. Returns the
+        number of pages given up.
         """
-        freed_before = self._pool.num_free
-        for variant in self._ordered(self._variants.values()):
-            if self._pool.num_free - freed_before >= num_pages:
+        given_up = 0
+        for variant in self._ordered(self._variants.values()) if num_pages > 0 else ():
+            given_up += len(variant.page_ids)
+            self._drop(variant)
+            self._evicted += 1
+            if given_up >= num_pages:
                 break
-            if any(self._pool.ref_count(page) == 1 for page in variant.page_ids):
-                self._drop(variant)
-                self._evicted += 1
-        return self._pool.num_free - freed_before
+        return given_up
 
     def clear(self) -> None:
         """Drops everything, pinned or not: the pages' content is lost."""
@@ -270,7 +263,7 @@ class ChunkStore:
         }
         for key, variant in self._variants.items():
             assert key == variant.key
-            assert variant.key.chunk == tokens_hash(variant.tokens)
+            assert variant.key.chunk == tokens_hash((*variant.tokens, *variant.tail))
             covered = len(variant.page_ids) * self._pool.page_size
             assert variant.first + variant.num_tokens <= covered
             for page in variant.page_ids:
@@ -303,7 +296,7 @@ class ChunkStore:
         def order(variant: Variant) -> tuple[float, ...]:
             saving = float(variant.facts.get("saving", 1.0))
             view = VariantView(variant.last_use, variant.uses, variant.num_tokens, saving)
-            return (float(variant.uses > 0), *self._policy.priority(view))
+            return (float(variant.uses > 0), *self._policy(view))
 
         return sorted((v for v in variants if not v.pins), key=order)
 

@@ -11,20 +11,32 @@ from typing import Any
 
 from kvjax.errors import UnknownStrategy
 from kvjax.reuse.cacheblend import CacheBlend
+from kvjax.reuse.cacheclip import CacheClip
+from kvjax.reuse.cachetune import CacheTune
 from kvjax.reuse.controls import Oracle, RandomTokens
 from kvjax.reuse.epic import Epic
+from kvjax.reuse.fusionrag import FusionRAG
+from kvjax.reuse.kamera import Kamera
+from kvjax.reuse.kvshare import KVShare
 from kvjax.reuse.naive import Naive, NaiveWithoutRotation
+from kvjax.reuse.relaycaching import RelayCaching
 from kvjax.reuse.strategy import Strategy
 
 __all__ = [
     "STRATEGIES",
     "CacheBlend",
+    "CacheClip",
+    "CacheTune",
     "Epic",
+    "FusionRAG",
+    "KVShare",
+    "Kamera",
     "Naive",
     "NaiveWithoutRotation",
     "Oracle",
     "PrefixOnly",
     "RandomTokens",
+    "RelayCaching",
     "Strategy",
     "parse",
 ]
@@ -38,7 +50,8 @@ class PrefixOnly(Strategy):
 STRATEGIES: dict[str, type[Strategy]] = {
     strategy.name: strategy
     for strategy in (
-        PrefixOnly, Naive, NaiveWithoutRotation, Epic, CacheBlend, RandomTokens, Oracle,
+        PrefixOnly, Naive, NaiveWithoutRotation, Epic, CacheBlend, FusionRAG, CacheTune,
+        KVShare, CacheClip, Kamera, RelayCaching, RandomTokens, Oracle,
     )
 }  # fmt: skip
 

@@ -48,6 +48,8 @@ class TopK:
     k: int
     threshold: float | None = None  # times the mean of the scores: what is below drops out
     layers: Literal["last", "sum"] = "last"  # "sum": added up over the layers of the stage before
+    # (size, least): windows of `size` tokens that hold `least` of the k, whole, and nothing else
+    window: tuple[int, int] | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -134,8 +136,8 @@ def _validate_pass(
                 extra = np.setdiff1d(stage.rows.indices, sure)
                 if len(extra):
                     raise InvalidPlan(
-                        f"{name} has row {extra[0]}, which the stage below does not surely compute: "
-                        "row sets must be nested"
+                        f"{name} has row {extra[0]}, which the stage below does not surely "
+                        "compute: row sets must be nested"
                     )
         below = stage
 

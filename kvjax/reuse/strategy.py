@@ -1,7 +1,8 @@
-"""What a reuse strategy is: six hooks, each optional, over one prompt and what is stored of it.
+"""What a reuse strategy is: hooks, each optional, over one prompt and what is stored of it.
 
     enrich      behind which context a chunk's KV is computed, ahead of time
     wanted      ... and at the latest when a prompt misses it
+    annotate    what is worked out once from stored KV, and kept with it
     look_up     which stored variant serves a chunk of this prompt
     rotates     whether keys are turned to their new positions (every sane strategy does)
     patch       what is added to stored KV on its way, instead of running tokens
@@ -13,7 +14,7 @@ store, under the tenant's salt.
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 import numpy as np
@@ -22,6 +23,9 @@ from kvjax.cache.chunks import Variant, tokens_hash
 from kvjax.reuse.plan import Spans, StagedPlan
 
 Tokens = tuple[int, ...]
+# Reads a variant's KV: float32 `[layers, tokens, kv_heads, width]`, keys as before rotary positions
+# (an amplitude of the rotary table stays in them), values None where there are none (latent).
+ReadKV = Callable[[], tuple[np.ndarray, np.ndarray | None]]
 
 
 class ModelFacts(NamedTuple):
@@ -113,8 +117,9 @@ class KVPatch:
 
     @property
     def num_bytes(self) -> int:
-        """What it takes to keep."""
-        arrays = (self.k, self.v, self.k_left, self.v_left)
+        """What it takes to keep; keys and values may share their left factor."""
+        shared = self.v_left is self.k_left
+        arrays = (self.k, self.v, self.k_left, None if shared else self.v_left)
         return sum(array.nbytes for array in arrays if array is not None)
 
     def part(self, start: int, stop: int) -> "KVPatch":
@@ -179,6 +184,11 @@ class Strategy:
     def wanted(self, prompt: Prompt, number: int, found: Found) -> Tokens | None:
         """Context of the variant to compute now for a chunk of `prompt`; None: go without."""
         return None
+
+    def annotate(self, variant: Variant, read: ReadKV) -> None:
+        """Called when a variant that this strategy asked for is there, stored now or before: may
+        add to its `scores` and `facts`. `read` waits for the device; it is only called if needed.
+        """
 
     def look_up(self, prompt: Prompt, number: int, found: Found) -> Variant | None:
         """The variant that serves a chunk; None: its tokens are computed like any text."""

@@ -19,7 +19,8 @@ RUN = """
 import sys, pytest
 from kvjax.pallas_kernels import native
 native._FLAGS = (*native._FLAGS, *sys.argv[1].split())
-native.register(native.Path(sys.argv[2]), "kvjax_paged_attention")  # or all would skip
+# Compiled now, or the tests would skip.
+native.register(native.Path(sys.argv[2]), "kvjax_paged_attention")
 sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "-m", "not slow", "-k", "cpu or linear",
                       *sys.argv[3:]]))
 """
