@@ -103,13 +103,8 @@ def rotate(
     half = cos_sin.shape[-1]
     per_head = (slice(None), *(None,) * (x.ndim - 2))
     cos, sin = cos_sin[:, 0][per_head], cos_sin[:, 1][per_head]  # [tokens, 1.., half]
-    cos, sin = jnp.stack([cos, cos], axis=-2), jnp.stack([-sin, sin], axis=-2)
-    head = x[..., : 2 * half]
     if interleaved:
-        head = head.reshape(*head.shape[:-1], half, 2).swapaxes(-1, -2)
+        a, b = x[..., 0 : 2 * half : 2], x[..., 1 : 2 * half : 2]
     else:
-        head = head.reshape(*head.shape[:-1], 2, half)
-    turned = (head * cos + head[..., ::-1, :] * sin).reshape(*x.shape[:-1], 2 * half)
-    if x.shape[-1] == 2 * half:
-        return turned
-    return jnp.concatenate([turned, x[..., 2 * half :]], axis=-1)
+        a, b = x[..., :half], x[..., half : 2 * half]
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin, x[..., 2 * half :]], axis=-1)
