@@ -47,6 +47,14 @@ def test_files_stay_short_and_say_what_they_are_for():
         assert path.stem not in {"utils", "common", "base", "manager", "helpers"}, path
 
 
+def test_wheels_have_every_file_of_the_kernels():
+    config = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    patterns = config["tool"]["setuptools"]["package-data"]["kvjax.pallas_kernels"]
+    folder = ROOT / "pallas_kernels"
+    files = {p for p in folder.rglob("*") if p.is_file() and p.suffix not in (".py", ".pyc")}
+    assert files == {p for pattern in patterns for p in folder.glob(pattern)}
+
+
 def test_only_the_configuration_reads_the_environment():
     readers = {
         path.relative_to(ROOT).as_posix()
