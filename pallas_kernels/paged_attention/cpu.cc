@@ -3,9 +3,10 @@
 // A unit of work is a tile of query tokens and one KV head. It walks the keys that the tile can see
 // in blocks of 64, counted from the start of the sequence. A block is unpacked to words once
 // (cpu_pages.h), then the rows of the tile go through the same register kernels, up to six at a time,
-// whether they come from a prefill or from a decode. A score is one chain of multiply-adds over the
+// whether they come from a prefill or from a decode (cpu_rows.h). A score is one chain of multiply-adds over the
 // channels, an output one per block over the keys, so a row's bits depend on nothing but its own
-// query, its interval and its KV.
+// query, its interval and its KV. Where the processor multiplies pairs of bfloat16, such pages meet
+// queries and weights that are rounded to bfloat16.
 //
 // Sequences whose block tables begin with the same pages share a tile: it walks the blocks of those
 // pages once for all of its rows, then the rest of each sequence for that sequence's rows alone. It
@@ -15,84 +16,16 @@
 
 #include <algorithm>
 #include <cmath>
-#include <limits>
-#include <type_traits>
 #include <vector>
 
-#include "cpu_pages.h"
+#include "cpu_rows.h"
 
 namespace {
 
 using namespace kvjax;
 
-// Rows, and vectors of keys or channels, in a register kernel: 24 sums of 32 registers with AVX-512,
-// 12 of 16 with AVX, 16 of 32 on ARM.
-constexpr int kRows = kLanes == 4 ? 4 : 6, kVectors = kLanes == 8 ? 2 : 4;
-constexpr int kWide = kVectors * kLanes;
 constexpr int kTilesPerThread = 2;  // at least, or threads would wait for each other,
 constexpr int64_t kFewRows = 24;    // but not of fewer rows: they pay for unpacking the keys
-constexpr float kInf = std::numeric_limits<float>::infinity();
-
-// All lanes joined, as a tree.
-template <int S = kLanes / 2, typename Join, int... I>
-inline float Joined(Vec v, Join join, std::integer_sequence<int, I...> lanes) {
-  v = join(v, __builtin_shufflevector(v, v, (I ^ S)...));
-  if constexpr (S > 1) return Joined<S / 2>(v, join, lanes);
-  return v[0];
-}
-
-template <typename Join>
-inline float Joined(Vec v, Join join) {
-  return Joined(v, join, AllLanes());
-}
-
-inline Vec Larger(Vec a, Vec b) { return a > b ? a : b; }
-
-// The lowest bits of a mask, a lane each.
-template <int... I>
-inline IntVec Lanes(Mask mask, std::integer_sequence<int, I...>) {
-  const IntVec bits = {1 << I...};
-  return (bits & (IntVec{} + static_cast<int32_t>(mask & ((1 << kLanes) - 1)))) != 0;
-}
-
-// Calls `f` with the number `n` below or at N as a compile-time constant.
-template <int N, typename F>
-inline void WithConstant(int n, F f) {
-  if constexpr (N > 1) {
-    if (n < N) return WithConstant<N - 1>(n, f);
-  }
-  f(std::integral_constant<int, N>{});
-}
-
-// scores[r][b] = sum over d of q[r][d] * keys[d][b], for R rows and V vectors of b.
-template <typename Kind, int R, int V>
-void Scores(const Word* q, int64_t stride, const Word* keys, int words, float* scores) {
-  Vec sum[R][V] = {};
-  for (int d = 0; d < words; ++d)
-    for (int r = 0; r < R; ++r)
-      for (int v = 0; v < V; ++v)
-        sum[r][v] = Kind::Step(sum[r][v], q[r * stride + d], keys + d * kBlock + v * kLanes);
-  for (int r = 0; r < R; ++r)
-    for (int v = 0; v < V; ++v) Store(scores + r * kBlock + v * kLanes, sum[r][v]);
-}
-
-// out[r][c] = out[r][c] * scale[r] + sum over b of p[r][b] * values[b][c], for R rows and V vectors
-// of c.
-template <typename Kind, int R, int V>
-void Absorb(const Word* p, const Word* values, int words, int width, const float* scale,
-            float* out) {
-  Vec sum[R][V] = {};
-  for (int b = 0; b < words; ++b)
-    for (int r = 0; r < R; ++r)
-      for (int v = 0; v < V; ++v)
-        sum[r][v] = Kind::Step(sum[r][v], p[r * kBlock + b], values + b * width + v * kLanes);
-  for (int r = 0; r < R; ++r) {
-    for (int v = 0; v < V; ++v) {
-      float* to = out + r * width + v * kLanes;
-      Store(to, MultiplyAdd(Load(to), Splat(scale[r]), sum[r][v]));
-    }
-  }
-}
 
 struct Row {
   int64_t token;
