@@ -24,8 +24,8 @@ constexpr float kRounder = 12582912.0f;  // 1.5 * 2^23: adding it rounds to whol
 
 typedef uint8_t ByteVec __attribute__((vector_size(kLanes)));
 
-// The kinds of weights: how a vector of words of a row of x are made, and one step of a chain. `scale` is
-// what the row was divided by: one, unless the words are integers.
+// The kinds of weights: how a vector of words of a row of x is made, and one step of a chain. `scale`
+// is what the row was divided by: one, unless the words are integers.
 template <typename Kind>
 struct Floats : Kind {
   static float Scale(const float*, int64_t) { return 1; }

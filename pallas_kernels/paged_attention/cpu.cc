@@ -3,9 +3,9 @@
 // A unit of work is a tile of query tokens and one KV head. It walks the keys that the tile can see
 // in blocks of 64, counted from the start of the sequence. A block is unpacked to words once
 // (cpu_pages.h), then the rows of the tile go through the same register kernels, up to six at a time,
-// whether they come from a prefill or from a decode (cpu_rows.h). A score is one chain of multiply-adds over the
-// channels, an output one per block over the keys, so a row's bits depend on nothing but its own
-// query, its interval and its KV. Where the processor multiplies pairs of bfloat16, such pages meet
+// whether they come from a prefill or from a decode (cpu_rows.h). A score is one chain of
+// multiply-adds over the channels, an output one per block over the keys, so a row's bits depend on
+// nothing but its own query, its interval and its KV. Where the processor multiplies pairs of bfloat16, such pages meet
 // queries and weights that are rounded to bfloat16.
 //
 // Sequences whose block tables begin with the same pages share a tile: it walks the blocks of those

@@ -32,8 +32,8 @@ template <typename T>
 using KindOf = Float32;
 #endif
 
-// A vector of the numbers of a page, which holds float32, the bits of bfloat16 (uint16), int8 or the bits of
-// float8_e4m3fn (uint8), the last two without their scale.
+// A vector of the numbers of a page, which holds float32, the bits of bfloat16 (uint16), int8 or the
+// bits of float8_e4m3fn (uint8), the last two without their scale.
 inline Vec PageNumbers(const float* p) { return Load(p); }
 
 inline Vec PageNumbers(const uint16_t* p) {

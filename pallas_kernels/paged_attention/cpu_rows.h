@@ -41,7 +41,7 @@ inline IntVec Lanes(Mask mask, std::integer_sequence<int, I...>) {
 
 // Calls `f` with the number `n` below or at N as a compile-time constant.
 template <int N, typename F>
-inline void WithConstant(int n, F f) {
+static inline void WithConstant(int n, F f) {
   if constexpr (N > 1) {
     if (n < N) return WithConstant<N - 1>(n, f);
   }
@@ -50,7 +50,7 @@ inline void WithConstant(int n, F f) {
 
 // scores[r][b] = sum over d of q[r][d] * keys[d][b], for R rows and V vectors of b.
 template <typename Kind, int R, int V>
-void Scores(const Word* q, int64_t stride, const Word* keys, int words, float* scores) {
+static void Scores(const Word* q, int64_t stride, const Word* keys, int words, float* scores) {
   Vec sum[R][V] = {};
   for (int d = 0; d < words; ++d)
     for (int r = 0; r < R; ++r)
@@ -63,7 +63,7 @@ void Scores(const Word* q, int64_t stride, const Word* keys, int words, float* s
 // out[r][c] = out[r][c] * scale[r] + sum over b of p[r][b] * values[b][c], for R rows and V vectors
 // of c.
 template <typename Kind, int R, int V>
-void Absorb(const Word* p, const Word* values, int words, int width, const float* scale,
+static void Absorb(const Word* p, const Word* values, int words, int width, const float* scale,
             float* out) {
   Vec sum[R][V] = {};
   for (int b = 0; b < words; ++b)
