@@ -40,6 +40,17 @@ class Warpgroup:
         """A matrix in shared memory, laid out in registers as an accumulator is."""
         return ref[...] if self.interpret else load(ref, _WGMMA, optimized=tiled)
 
+    def stored(self, ref: Any) -> jax.Array:
+        """A matrix of int8 or float8 numbers in shared memory, as float32."""
+        if self.interpret:
+            return ref[...].astype(jnp.float32)
+        x = load(ref, _STORED)
+        return x.astype(jnp.bfloat16 if x.dtype == jnp.int8 else jnp.float16).astype(jnp.float32)
+
+    def stored_by_row(self, ref: Any) -> jax.Array:
+        """A vector in shared memory as one number per row of a `stored` matrix."""
+        return ref[...] if self.interpret else load(ref, _STORED.reduce(1))
+
     def full(self, shape: tuple[int, ...], value: float) -> jax.Array:
         """A constant matrix, or vector with one number per row."""
         x = jnp.full(shape, value, jnp.float32)
@@ -81,6 +92,7 @@ class Warpgroup:
 
 
 _WGMMA: Any = plgpu.Layout.WGMMA
+_STORED: Any = plgpu.Layout.WGMMA_UPCAST_2X  # four bytes of a row are neighbours in a thread
 
 
 def _read(ref: Any) -> jax.Array:
