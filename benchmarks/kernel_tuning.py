@@ -55,7 +55,7 @@ def run(sizes: cases.Sizes, dtype: str, rounds: int) -> int:
 
 def tune(tunable: Tunable, sizes: cases.Sizes, dtype: str, rounds: int) -> dict[str, int] | None:
     """Tries all candidates; records the best if it beats the rule. Returns what it recorded."""
-    bits = 8 * stored_dtype(cases.DTYPES[dtype]).itemsize
+    bits = 8 * cases.item_size(dtype)
     facts = {"head_dim": sizes.heads.width, "page_size": sizes.page_size, "bits": bits}
     kernel = tunable.kernel
     rule = tuning.RULES[kernel](**facts)

@@ -28,6 +28,7 @@ from kvjax.pallas_kernels.paged_attention.gpu_prefill import attend_tiles
 from kvjax.pallas_kernels.tuning import block_sizes
 
 _FILL = 264  # thread blocks that fill a GPU: two for each processor of an H100
+_WIDEST = 256  # channels of an output that one warpgroup's registers hold
 _WORDS = 8  # of a tail mask: it is walked word by word in registers
 _LATENT_WORDS = 6  # what shared memory has left for it beside latents of 576 channels
 
@@ -92,7 +93,7 @@ def _refuse(q: Any, pages: Any, tail_mask: Any, value_width: int | None) -> None
             f"gpu: page_size={pages.page_size}: scales of less than 32 slots are no TMA box"
         )
     words = 0 if tail_mask is None else tail_mask.shape[1]
-    most = _WORDS if value_width is None or value_width <= 256 else _LATENT_WORDS
+    most = _WORDS if value_width is None or value_width <= _WIDEST else _LATENT_WORDS
     if words > most:
         raise NotImplementedError(f"gpu: tail masks of {words} words exceed {most}")
 
@@ -107,7 +108,7 @@ def _refuse_widths(width: int, pages: LayerPages, value_width: int | None) -> No
         raise NotImplementedError(f"gpu: latent keys of {width} are no multiple of 64 up to 576")
     if value_width is None or value_width % 64 or value_width > 512:
         raise NotImplementedError(f"gpu: {value_width=} is no multiple of 64 up to 512")
-    if value_width > 256 and value_width % 128:
+    if value_width > _WIDEST and value_width % 128:
         raise NotImplementedError(f"gpu: {value_width=} has no halves of whole 64 channels")
 
 
@@ -135,7 +136,7 @@ class _Call:
             f"paged_attention/{name}", head_dim=max(self.width, self.v_width),
             page_size=self.page_size, bits=8 * stored.itemsize,
         )  # fmt: skip
-        parts = 2 if self.v_width > 256 else 1
+        parts = 2 if self.v_width > _WIDEST else 1
         walk = Walk(
             page_size=self.page_size, width=self.width, v_width=self.v_width, block=sizes["block"],
             stages=sizes["stages"], consumers=consumers if parts == 1 else 1, scale=self.scale,

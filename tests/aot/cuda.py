@@ -126,20 +126,42 @@ def layer_pages(
     return LayerPages(pool, pool, scale, scale), pool
 
 
-def page_copy(target: Target, model: str, *, page_size: int = 64) -> dict[str, Any]:
+def page_copy(
+    target: Target, model: str, *, page_size: int = 64, dtype: str = "uint16"
+) -> dict[str, Any]:
     """`copy_pages` of 16 pages."""
     import numpy as np
 
-    from kvjax.pallas_kernels import LayerPages, copy_pages
+    from kvjax.pallas_kernels import copy_pages
+
+    latent = model in LATENT
+    _, kv_heads, head_dim, _ = (0, 1, 576, None) if latent else MODELS[model]
+    pages, pool = layer_pages(target, (16384, kv_heads, page_size, head_dim), dtype, latent)
+    ids, held = target.array((16,), np.int32), [x for x in pages if x is not None]
+    compiled = target.compile(
+        functools.partial(copy_pages, backend="gpu"), pages, ids, ids, donate_argnums=0
+    )
+    pools = 1 if latent else 2
+    extra = sum(x.size * 4 for x in held[pools:])
+    return check(compiled, pool, pools=pools, in_place=pools, scales=extra)
+
+
+def quantise(target: Target, model: str, *, dtype: str) -> dict[str, Any]:
+    """`write_slots` of 512 tokens into scaled pages: XLA's, which must work in place as well."""
+    import jax.numpy as jnp
+    import numpy as np
+
+    from kvjax.pallas_kernels import write_slots
 
     _, kv_heads, head_dim, _ = MODELS[model]
-    pool = target.array((16384, kv_heads, page_size, head_dim), np.uint16)
-    ids = target.array((16,), np.int32)
+    pages, pool = layer_pages(target, (16384, kv_heads, 64, head_dim), dtype)
+    rows = target.array((512, kv_heads, head_dim), jnp.bfloat16)
     compiled = target.compile(
-        functools.partial(copy_pages, backend="gpu"), LayerPages(pool, pool), ids, ids,
-        donate_argnums=0,
+        functools.partial(write_slots, backend="xla"), pages, rows, rows,
+        target.array((512,), np.int32), donate_argnums=0,
     )  # fmt: skip
-    return check(compiled, pool, pools=2, in_place=2)
+    scales = 2 * 4 * pages.k_scale.size
+    return check(compiled, pool, pools=2, in_place=2, scales=scales, kernel=None)
 
 
 def rotary_shift(target: Target, model: str, *, page_size: int = 64) -> dict[str, Any]:
@@ -159,20 +181,27 @@ def rotary_shift(target: Target, model: str, *, page_size: int = 64) -> dict[str
     return check(compiled, pool, pools=2, in_place=2)
 
 
-def check(compiled: Any, pool: Any, *, pools: int, in_place: int) -> dict[str, Any]:
+def check(
+    compiled: Any, pool: Any, *, pools: int, in_place: int, scales: int = 0,
+    kernel: str | None = "mosaic_gpu",
+) -> dict[str, Any]:  # fmt: skip
     """What a compiled program must keep to; raises AssertionError with the numbers.
 
-    `pools` arrays like `pool` are arguments, `in_place` of them are donated.
+    `pools` arrays like `pool` are arguments, `in_place` of them are donated, and so are scales of
+    `scales` bytes. `kernel` is what the program must call, if anything.
     """
     one = pool.size * pool.dtype.itemsize
     memory = compiled.memory_analysis()
     assert b"\x7fELF" in compiled.runtime_executable().serialize(), "no cubin in the executable"
-    assert "mosaic_gpu" in compiled.as_text(), "no Mosaic GPU kernel in the program"
-    assert memory.alias_size_in_bytes == in_place * one, f"alias {memory.alias_size_in_bytes}"
+    assert kernel is None or kernel in compiled.as_text(), f"no {kernel} kernel in the program"
+    assert memory.alias_size_in_bytes == in_place * one + scales, (
+        f"alias {memory.alias_size_in_bytes}"
+    )
     temp = memory.temp_size_in_bytes
     assert temp < 0.01 * pools * one, f"temporary {temp} of a pool of {pools * one}"
     moved = pool_sized(compiled.as_text(), pool.size)
-    assert not moved, f"instructions of the pool's size: {moved}"
+    # a scatter in place is as large as its pool: there, the two sizes above say that it is
+    assert kernel is None or not moved, f"instructions of the pool's size: {moved}"
     return {"pool_bytes": pools * one, "alias_bytes": in_place * one, "temp_bytes": temp}
 
 
@@ -230,19 +259,30 @@ def cases() -> Iterator[tuple[str, Callable[[Target], dict[str, Any]]]]:
     for name, dtype in (("int8", "int8"), ("float8", "uint8")):
         for model in MODELS:
             of = functools.partial(attention, model=model, dtype=dtype, num_pages=32768)
-            yield f"decode {name} {model}", functools.partial(of, seqs=16, tokens=16, max_query_len=1)
+            yield (
+                f"decode {name} {model}",
+                functools.partial(of, seqs=16, tokens=16, max_query_len=1),
+            )
             yield (
                 f"prefill {name} {model}",
                 functools.partial(of, seqs=8, tokens=1024, max_query_len=None),
             )
     for model in LATENT:
         for name, dtype in (("", "uint16"), (" int8", "int8"), (" float8", "uint8")):
-            of = functools.partial(attention, model=model, dtype=dtype, num_pages=65536)
-            yield f"decode{name} {model}", functools.partial(of, seqs=16, tokens=16, max_query_len=1)
+            of = functools.partial(attention, model=model, dtype=dtype, num_pages=262144)
+            yield (
+                f"decode{name} {model}",
+                functools.partial(of, seqs=16, tokens=16, max_query_len=1),
+            )
             yield (
                 f"prefill{name} {model}",
                 functools.partial(of, seqs=8, tokens=256, max_query_len=None),
             )
+    yield "copy_pages DeepSeek-V3", functools.partial(page_copy, model="DeepSeek-V3")
+    for name, dtype in (("int8", "int8"), ("float8", "uint8")):
+        of_llama = {"model": "Llama-3-8B", "dtype": dtype}
+        yield f"copy_pages {name}", functools.partial(page_copy, **of_llama)
+        yield f"write_slots {name} by xla", functools.partial(quantise, **of_llama)
     yield "shift, pages of 16", functools.partial(rotary_shift, model="SmolLM2-135M", page_size=16)
 
 

@@ -109,11 +109,11 @@ def test_tuning_records_what_beats_the_rule_by_more_than_noise(
     tables, monkeypatch, better, recorded
 ):
     monkeypatch.setitem(
-        tuning.RULES, "op/kernel", lambda *, head_dim, page_size: {"block": head_dim}
+        tuning.RULES, "op/kernel", lambda *, head_dim, page_size, bits: {"block": head_dim}
     )
 
     def seconds(tunable, *rest):
-        block = tuning.block_sizes("op/kernel", head_dim=64, page_size=16)["block"]
+        block = tuning.block_sizes("op/kernel", head_dim=64, page_size=16, bits=32)["block"]
         return {64: 1.0, 32: better}.get(block, "ValueError: too much shared memory")
 
     monkeypatch.setattr(kernel_tuning, "_seconds", seconds)
