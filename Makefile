@@ -16,12 +16,13 @@ CONSTRAINTS := $(wildcard constraints-py$(VERSION).txt)
 PIP_FLAGS := --quiet --quiet --disable-pip-version-check $(addprefix -c ,$(CONSTRAINTS))
 WORKERS ?= 2
 
-.PHONY: help demo test test-slow lint parity aot bench clean
+.PHONY: help demo test test-slow soak lint parity aot aot-install bench clean
 
 help:
 	@echo "make demo       install, fetch a small model, run batch inference over examples/"
 	@echo "make test       install what tests need, run them"
 	@echo "make test-slow  the tests of over ten seconds"
+	@echo "make soak       a server under mixed load for 20 minutes (SOAK_SECONDS)"
 	@echo "make lint       ruff, pyright, import contracts"
 	@echo "make parity     against a live transformers, in an environment of its own"
 	@echo "make aot        kernels compiled for TPUs and GPUs without one, in an environment of its own"
@@ -54,6 +55,11 @@ test: $(STAMP)-test
 test-slow: $(STAMP)-test
 	$(BIN)/python -m pytest -q -n $(WORKERS) -m slow
 
+SOAK_SECONDS ?= 1200
+
+soak: $(STAMP)-test
+	KVJAX_SOAK_SECONDS=$(SOAK_SECONDS) $(BIN)/python -m pytest -q -s tests/serving/test_soak.py
+
 lint: $(STAMP)-test $(STAMP)-lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -77,12 +83,14 @@ parity: $(PARITY_STAMP)
 
 # Neither libtpu's compiler nor CUDA's needs a device. What the installed jax has no compiler for is
 # skipped, and said: CUDA wants Python 3.12. AOT_TARGETS=tests.aot.cuda compiles for that alone.
-aot:
-	@$(MAKE) --no-print-directory VENV=$(AOT) $(AOT)/stamp-$(VERSION)-aot
+aot: aot-install
 	$(AOT)/bin/python -m tests.aot --minutes $(AOT_MINUTES) $(AOT_TARGETS)
+
+aot-install:
+	@$(MAKE) --no-print-directory VENV=$(AOT) $(AOT)/stamp-$(VERSION)-aot
 
 bench: $(STAMP)
 	$(BIN)/kvjax bench engine
 
 clean:
-	rm -rf $(VENV) $(PARITY) $(AOT) build *.egg-info
+	rm -rf $(VENV) $(PARITY) $(AOT) .venv-aot-312 build *.egg-info

@@ -11,8 +11,10 @@ from kvjax.benchmarks import results
 
 COMMANDS = {  # name -> (module with `add_arguments` and `run`, help)
     "engine": ("kvjax.benchmarks.engine", "kvjax and its peers with the same work, interleaved"),
+    "http": ("kvjax.benchmarks.http", "the server against AsyncLLM, called directly"),
     "kernels": ("kvjax.benchmarks.kernels", "the kernels against the device's own ceilings"),
     "overhead": ("kvjax.benchmarks.overhead", "the engine against its own compiled parts"),
+    "reuse": ("kvjax.benchmarks.reuse", "reuse strategies against the same model's full prefill"),
 }
 
 

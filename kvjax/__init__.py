@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from kvjax.branch import Branch as Branch
     from kvjax.config import EngineConfig as EngineConfig
     from kvjax.errors import CorruptWeights as CorruptWeights
+    from kvjax.errors import GrammarFailed as GrammarFailed
     from kvjax.errors import KVJaxError as KVJaxError
     from kvjax.errors import ModelNotFound as ModelNotFound
     from kvjax.errors import OutOfPages as OutOfPages
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from kvjax.request import Logprob as Logprob
     from kvjax.request import RequestOutput as RequestOutput
     from kvjax.request import SamplingParams as SamplingParams
+    from kvjax.request import StructuredOutputs as StructuredOutputs
 
 __version__ = "0.1.0"
 
@@ -35,6 +37,8 @@ _HOMES = {  # public name -> module, imported when first asked for: host-only pa
     "Branch": "branch",
     "EngineConfig": "config",
     **dict.fromkeys(("CompletionOutput", "Logprob", "RequestOutput", "SamplingParams"), "request"),
+    "StructuredOutputs": "request",
+    "GrammarFailed": "errors",
     **dict.fromkeys(
         ("CorruptWeights", "KVJaxError", "ModelNotFound", "OutOfPages", "PromptTooLong"), "errors"
     ),

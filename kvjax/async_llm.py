@@ -5,8 +5,10 @@ import atexit
 import collections
 import contextlib
 import dataclasses
+import functools
 import threading
-from collections.abc import AsyncIterator, Callable
+import time
+from collections.abc import AsyncGenerator, Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +17,12 @@ from jax.sharding import Mesh
 from kvjax.build import build, tensor_parallel_mesh
 from kvjax.config import EngineConfig
 from kvjax.errors import KVJaxError
+from kvjax.grammar import Grammars
 from kvjax.intake import Prompt
 from kvjax.models.tokenizers import Tokenizer
 from kvjax.request import RequestOutput, SamplingParams
 from kvjax.sequence import Request
+from kvjax.sessions import Keep, Sessions
 
 
 @dataclasses.dataclass(eq=False)
@@ -29,15 +33,17 @@ class _Stream:
     loop: asyncio.AbstractEventLoop
     news: asyncio.Event = dataclasses.field(default_factory=asyncio.Event)
     newest: RequestOutput | BaseException | None = None
+    keep: Keep | None = None
 
     def send(self, item: RequestOutput | BaseException) -> bool:
         """Hands an output over, from the engine's thread; whether anybody can still listen."""
 
-        def deliver() -> None:
-            self.newest = item
-            self.news.set()
+        return _call_soon(self.loop, lambda: self.deliver(item))
 
-        return _call_soon(self.loop, deliver)
+    def deliver(self, item: RequestOutput | BaseException) -> None:
+        """The same from the loop's own thread."""
+        self.newest = item
+        self.news.set()
 
     async def receive(self) -> RequestOutput:
         """The newest output not seen yet; raises what was sent instead of one."""
@@ -47,6 +53,14 @@ class _Stream:
             raise self.newest
         assert self.newest is not None
         return self.newest
+
+
+_News = tuple[_Stream, RequestOutput | BaseException]
+
+
+def _deliver(items: list[_News]) -> None:
+    for stream, item in items:
+        stream.deliver(item)
 
 
 # Work for the engine's thread. It is called with None, or with why it cannot be done any more.
@@ -76,11 +90,15 @@ class AsyncLLM:
         self.engine, self._intake = built.engine, built.intake
         self._tokenizer = built.tokenizer
         self._compiles = compile_when_idle
+        self.sessions = Sessions(self.engine)  # for the engine's thread: use `call`
+        self.engine.reclaim = self.sessions.drop_oldest
         self._calls: collections.deque[_Call] = collections.deque()
         self._streams: dict[str, _Stream] = {}  # engine thread only
         self._wake = threading.Condition()
         self._stopping = False
         self._error: BaseException | None = None
+        self.step_started: float | None = None  # `time.monotonic()`; None: no step is under way
+        self.on_step: Callable[[], None] | None = None  # called after each, in the engine's thread
         self._thread = threading.Thread(target=self._loop, name="kvjax-engine", daemon=True)
         self._thread.start()
         atexit.register(self.shutdown)  # the interpreter must not go away under a step
@@ -90,15 +108,17 @@ class AsyncLLM:
         prompt: Prompt,
         sampling_params: SamplingParams | None = None,
         request_id: str | None = None,
-    ) -> AsyncIterator[RequestOutput]:
+        keep: Keep | None = None,
+    ) -> AsyncGenerator[RequestOutput, None]:
         """Streams snapshots of one request, the last with `finished`.
 
+        With `keep`, the KV of its first completion then stays for the session's next request.
         Leaving the iteration aborts the request. Raises `ValueError` for bad input before any
         device work, and the request's own error if it fails.
         """
         params = sampling_params or SamplingParams()
         request = self._intake.request(prompt, params, request_id=request_id)
-        stream = _Stream(request, asyncio.get_running_loop())
+        stream = _Stream(request, asyncio.get_running_loop(), keep=keep)
         self._call(lambda error: self._add(stream, error))
         finished = False
         try:
@@ -148,6 +168,21 @@ class AsyncLLM:
         """The model's tokenizer."""
         return self._tokenizer
 
+    @property
+    def is_alive(self) -> bool:
+        """Whether the engine's thread is there to take requests."""
+        return self._thread.is_alive() and not self._stopping
+
+    @property
+    def max_model_len(self) -> int:
+        """The longest prompt and output together, in tokens."""
+        return self._intake.max_model_len
+
+    @property
+    def grammars(self) -> Grammars:
+        """What compiles structured outputs; a grammar compiled before costs a request nothing."""
+        return self._intake.grammars
+
     def shutdown(self) -> None:
         """Ends the thread; open streams close with an error. Blocks while a step is under way."""
         with self._wake:
@@ -173,6 +208,7 @@ class AsyncLLM:
             stream.send(error)
             return
         self._streams[request_id] = stream
+        stream.request.sequences[0].keeps_pages = stream.keep is not None
         self.engine.add(stream.request)
 
     def _abort(self, stream: _Stream | None, error: BaseException | None) -> None:
@@ -182,7 +218,13 @@ class AsyncLLM:
         if self._streams.get(stream.request.request_id) is stream:
             del self._streams[stream.request.request_id]
             self.engine.abort(stream.request)
+            self._keep(stream)
             stream.send(self._intake.output(stream.request))
+
+    def _keep(self, stream: _Stream) -> None:
+        """A request is over: its session, if any, takes what it has computed."""
+        if stream.keep is not None:
+            self.sessions.keep(stream.keep, stream.request.sequences[0])
 
     def _loop(self) -> None:
         error: BaseException = KVJaxError("the engine was shut down")
@@ -190,11 +232,17 @@ class AsyncLLM:
             while not self._stopping:
                 while self._calls and not self._stopping:
                     self._calls.popleft()(None)
+                next_end = self.sessions.expire()
                 if self.engine.has_work:
-                    self._publish(self.engine.step())
+                    self.step_started = time.monotonic()
+                    touched = self.engine.step()
+                    self.step_started = None
+                    self._publish(touched)
+                    if self.on_step is not None:
+                        self.on_step()
                 elif not (self._compiles and self.engine.runner.compile_next()):
                     with self._wake:
-                        self._wake.wait_for(lambda: self._calls or self._stopping)
+                        self._wake.wait_for(lambda: self._calls or self._stopping, next_end)
         except BaseException as failure:
             self._error = error = failure
             raise
@@ -207,18 +255,21 @@ class AsyncLLM:
                 stream.send(error)
 
     def _publish(self, requests: list[Request]) -> None:
+        """Hands over what a step has brought: one call per loop, or waking it costs the most."""
+        news: dict[asyncio.AbstractEventLoop, list[_News]] = {}
         for request in requests:
             stream = self._streams.get(request.request_id)
             if stream is None or stream.request is not request:
                 continue
-            if request.error is not None:
-                heard = stream.send(request.error)
-            else:
-                heard = stream.send(self._intake.output(request, streaming=not request.finished))
+            item = request.error or self._intake.output(request, streaming=not request.finished)
+            news.setdefault(stream.loop, []).append((stream, item))
             if request.finished:
                 del self._streams[request.request_id]
-            elif not heard:  # the caller's loop is closed
-                self._abort(stream, None)
+                self._keep(stream)
+        for loop, items in news.items():
+            if not _call_soon(loop, functools.partial(_deliver, items)):  # the loop is closed
+                for stream, _ in items:
+                    self._abort(stream, None)
 
 
 def _call_soon(loop: asyncio.AbstractEventLoop, fn: Callable[[], None]) -> bool:

@@ -3,10 +3,14 @@
 import dataclasses
 from collections.abc import Iterable
 
+import numpy as np
+
 from kvjax.engine import Engine
 from kvjax.errors import KVJaxError
 from kvjax.intake import Intake
+from kvjax.readout import LayerKV
 from kvjax.request import SamplingParams
+from kvjax.reuse.report import ReuseReport
 from kvjax.sequence import Request, Sequence, Status
 
 
@@ -35,6 +39,11 @@ class Branch:
     def num_computed_tokens(self) -> int:
         """How many of them have their KV on the device."""
         return self._sequence.num_computed
+
+    @property
+    def reuse(self) -> ReuseReport | None:
+        """How the KV of its prompt came about; None if nothing but exact prefixes was asked for."""
+        return self._intake.report(self._sequence.request)
 
     def append(self, text_or_ids: str | Iterable[int]) -> "Branch":
         """Adds text (tokenised by itself) or token ids; computed at the next run.
@@ -76,6 +85,39 @@ class Branch:
             raise ValueError(f"the branch was opened with cache_salt={self._salt!r}")
         params = dataclasses.replace(params, cache_salt=self._salt)
         return self._intake.from_ids(list(sequence.tokens), params, sequence=sequence)
+
+    def logits(self, continuation: Iterable[int] = ()) -> np.ndarray:
+        """Float32 logits `[1 + len(continuation), vocab]`: of what follows the last token, and what
+        follows each token of `continuation`. The branch stays as it is.
+
+        Raises:
+          ValueError: ids are not in the vocabulary, the context is too short for them, or tokens of
+            the branch are not computed yet.
+          OutOfPages: there is no room for the KV of `continuation`.
+        """
+        sequence, ids = self._computed(), self._intake.checked_ids(continuation)
+        if (total := len(sequence.tokens) + len(ids)) > self._intake.max_model_len:
+            raise ValueError(
+                f"the branch and its continuation have {total} tokens; max_model_len is "
+                f"{self._intake.max_model_len}"
+            )
+        return self._engine.score(sequence, ids)
+
+    def kv(self) -> tuple[LayerKV, ...]:
+        """Keys (turned to their positions) and values of every token, layer by layer.
+
+        Raises `ValueError` if tokens of the branch are not computed yet.
+        """
+        return self._engine.read(self._computed())
+
+    def _computed(self) -> Sequence:
+        sequence = self._usable()
+        if sequence.num_computed < len(sequence.tokens):
+            raise ValueError(
+                f"{len(sequence.tokens) - sequence.num_computed} tokens of the branch are not "
+                "computed yet: run it first"
+            )
+        return sequence
 
     def close(self) -> None:
         """Gives the pages back. Closing twice does nothing."""

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from kvjax.cache.pages import KVSpec
+from kvjax.cache.pages import KVSpec, layout_for
 from kvjax.config import EngineConfig, cache_dir, host_memory
 from kvjax.engine import Engine
 from kvjax.intake import Intake
@@ -17,6 +17,7 @@ from kvjax.models import ModelConfig, Sharding, kv_spec, load_model, model_confi
 from kvjax.models.checkpoint import Checkpoint, open_checkpoint
 from kvjax.models.tokenizers import Tokenizer, load_tokenizer
 from kvjax.pallas_kernels import native
+from kvjax.reuse.gate import Gate, Verdicts
 
 log = logging.getLogger("kvjax")
 
@@ -39,6 +40,7 @@ def build(model: str | Path, config: EngineConfig, mesh: Mesh | None = None) -> 
 
     Raises:
       ModelNotFound, UnsupportedModel, CorruptWeights, TokenizerNotFound: see `kvjax.errors`.
+      ReuseRefused: `config.reuse` was not measured on this model, or loses too much.
       ValueError: a setting does not fit the model.
     """
     if config.compilation_cache:
@@ -61,7 +63,9 @@ def build(model: str | Path, config: EngineConfig, mesh: Mesh | None = None) -> 
         sharding=sharding,
         deterministic=config.deterministic,
     )
-    spec = kv_spec(arch, config.kv_dtype, config.page_size)
+    platform = jax.default_backend()
+    page_size = config.page_size or (16 if platform == "cpu" else 64)
+    spec = kv_spec(arch, config.kv_dtype, page_size, layout_for(platform), sharding.ways)
     num_pages = _num_pages(spec, config, max_model_len)
     _announce(spec, num_pages, config, max_model_len)
     ends = tuple(dict.fromkeys((*arch.eos_token_ids, *tokenizer.eos_token_ids)))
@@ -70,9 +74,11 @@ def build(model: str | Path, config: EngineConfig, mesh: Mesh | None = None) -> 
         vocab_size=arch.vocab_size,
         end_token_ids=ends,
         max_model_len=max_model_len,
-        max_prompt_tokens=num_pages * config.page_size,
+        max_prompt_tokens=num_pages * page_size,
         seed=config.seed,
         clock=time.monotonic,
+        reuse=config.reuse,
+        gate=Gate(verdicts(checkpoint, config), config.max_reuse_loss, forced=config.force_reuse),
     )
     engine = Engine(
         transformer,
@@ -83,6 +89,11 @@ def build(model: str | Path, config: EngineConfig, mesh: Mesh | None = None) -> 
         decode_token=lambda token: tokenizer.decode([token], skip_special_tokens=False),
     )
     return Built(engine, intake, checkpoint, arch, tokenizer)
+
+
+def verdicts(checkpoint: Checkpoint, config: EngineConfig) -> Verdicts:
+    """What reuse was measured to cost a model with the KV type of `config`."""
+    return Verdicts(cache_dir() / "reuse", lambda: checkpoint.fingerprint, config.kv_dtype)
 
 
 def enable_compilation_cache() -> None:

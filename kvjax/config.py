@@ -2,7 +2,7 @@
 
 import dataclasses
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,6 +18,17 @@ def cache_dir() -> Path:
     return (Path(shared) if shared else Path.home() / ".cache") / "kvjax"
 
 
+_SWITCHES = (
+    "enable_prefix_caching", "deterministic", "overlap", "compilation_cache", "force_reuse",
+)  # fmt: skip
+
+
+def environment(names: Iterable[str]) -> dict[str, str]:
+    """What `KVJAX_NAME` says, in upper case, for each of `names` that is set and not empty."""
+    values = {name: os.environ.get(f"KVJAX_{name.upper()}") for name in names}
+    return {name: value for name, value in values.items() if value}
+
+
 KV_CACHE_DTYPES = ("auto", "float32", "bfloat16", "int8", "float8_e4m3fn")
 
 
@@ -31,11 +42,15 @@ class EngineConfig:
     max_model_len: int | None = None  # tokens, prompt and output; None: the model's own context
     max_num_seqs: int = 8  # sequences in one step
     max_num_batched_tokens: int = 512  # tokens in one step
-    page_size: int = 16  # KV slots per page
+    page_size: int | None = None  # KV slots per page; None: 16 on a CPU, 64 on an accelerator
     kv_cache_memory: int | None = None  # bytes; None: by memory_utilization
     memory_utilization: float = 0.9  # of an accelerator's memory; on CPU KV takes 5 % of the host's
     enable_prefix_caching: bool = True
     eviction_policy: str = "lru"
+    reuse: Any = None  # spec or `kvjax.reuse.Strategy` for prompts with chunks; None: exact only
+    max_reuse_loss: float = 0.1  # nats per token that approximate reuse may cost (`reuse check`)
+    force_reuse: bool = False  # also where it was measured to cost more, or not measured at all
+    chunk_cache_share: float = 0.5  # of the KV pages, that stored chunks may take at most
     deterministic: bool = False  # one row of float32 costs as much as two, and bits stop depending
     overlap: bool = True  # plan and dispatch the next step before this one's tokens are read
     compilation_cache: bool = True
@@ -50,12 +65,13 @@ class EngineConfig:
             ("kv_cache_memory", 1),
         ):
             value = getattr(self, name)
-            if value is None and name in ("max_model_len", "kv_cache_memory"):
+            if value is None and name in ("page_size", "max_model_len", "kv_cache_memory"):
                 continue
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise ValueError(f"{name} must be an integer >= {least}, got {value!r}")
-        if self.page_size & (self.page_size - 1) or self.page_size > 256:
-            raise ValueError(f"page_size must be a power of two in 16..256, got {self.page_size}")
+        size = self.page_size
+        if size is not None and (size & (size - 1) or size > 256):
+            raise ValueError(f"page_size must be a power of two in 16..256, got {size}")
         if self.max_num_batched_tokens < self.max_num_seqs:
             raise ValueError(
                 f"max_num_batched_tokens={self.max_num_batched_tokens} must be at least "
@@ -70,7 +86,13 @@ class EngineConfig:
         share = self.memory_utilization
         if not isinstance(share, int | float) or not 0 < share <= 1:
             raise ValueError(f"memory_utilization must be a number in (0, 1], got {share!r}")
-        for name in ("enable_prefix_caching", "deterministic", "overlap", "compilation_cache"):
+        share = self.chunk_cache_share
+        if not isinstance(share, int | float) or not 0 <= share <= 1:
+            raise ValueError(f"chunk_cache_share must be a number in [0, 1], got {share!r}")
+        loss = self.max_reuse_loss
+        if isinstance(loss, bool) or not isinstance(loss, int | float) or not loss >= 0:
+            raise ValueError(f"max_reuse_loss must be a number of at least 0, got {loss!r}")
+        for name in _SWITCHES:
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
         if self.seed is not None and not isinstance(self.seed, int):

@@ -15,19 +15,28 @@ from collections.abc import Callable, Iterable
 import jax
 import numpy as np
 
+from kvjax.cache.chunks import ChunkStore
 from kvjax.cache.pages import KVSpec
 from kvjax.cache.pool import PagePool
 from kvjax.cache.radix import EVICTION_POLICIES, RadixTree
+from kvjax.chunks import Chunks
 from kvjax.config import EngineConfig
 from kvjax.decode import SampleOutput
-from kvjax.errors import KVJaxError, StepFailed
+from kvjax.errors import GrammarFailed, KVJaxError, StepFailed
 from kvjax.models import Transformer
+from kvjax.pallas_kernels import cascade_refusal
+from kvjax.readout import LayerKV
 from kvjax.recovery import Suspects
 from kvjax.request import FinishReason, Logprob, PositionLogprobs
+from kvjax.reuse.pack import stage_rows
+from kvjax.reuse.report import Fate, staged_report
+from kvjax.reuse.strategy import ModelFacts
 from kvjax.runner import Dispatched, RowOwner, Runner
-from kvjax.schedule import Limits, Scheduler, StepPlan
-from kvjax.sequence import Request, Sequence, Status
+from kvjax.schedule import Scheduler
+from kvjax.sequence import Assembled, Request, Sequence, Status
+from kvjax.step_plan import Limits, Portion, StepPlan
 
+_ASKED = "the structured outputs, bad words and allowed token ids together"
 MAX_SCORED_TOKENS = 128  # prompt tokens whose logits one step keeps
 
 
@@ -43,7 +52,9 @@ class Engine:
         max_model_len: int,
         clock: Callable[[], float] = time.monotonic,
         decode_token: Callable[[int], str] | None = None,
+        cascade: bool | None = None,
     ) -> None:
+        """`cascade=None`: where the platform gains by it and nobody asked for steady bits."""
         self.config, self.spec, self.clock = config, spec, clock
         # The last token's KV is never needed: a sequence may be one longer than the pool.
         max_model_len = min(max_model_len, num_pages * spec.page_size + 1)
@@ -62,22 +73,42 @@ class Engine:
                     f"got {config.eviction_policy!r}"
                 )
             tree = RadixTree(pool, EVICTION_POLICIES[config.eviction_policy]())
-        self.scheduler = Scheduler(pool, tree, self.limits, clock)
-        self.runner = Runner(model, spec, num_pages, self.limits)
+        store = ChunkStore(pool, int(config.chunk_cache_share * num_pages))
+        self.scheduler = Scheduler(pool, tree, self.limits, clock, store, self._assemble)
+        if cascade is None:
+            never = cascade_refusal(jax.default_backend())
+            cascade = never is None and not config.deterministic
+        self.runner = Runner(model, spec, num_pages, self.limits, cascade)
+        self.chunks = Chunks(
+            store, _facts(model, spec), self.scheduler, self.discard, max_model_len,
+            self.runner.read,
+        )  # fmt: skip
         self._decode_token = decode_token
+        # Gives parked pages back that nobody must have, when a request cannot run otherwise.
+        self.reclaim: Callable[[], bool] | None = None
         self._in_flight: Dispatched | None = None
         self._parked: set[Sequence] = set()
         self._abandoned: collections.deque[Sequence] = collections.deque()
         self._ended: set[Sequence] = set()  # over, but the step in flight still computes for them
         self._suspects = Suspects()
         self._failed: list[Request] = []
+        self._refused: list[tuple[Request, KVJaxError]] = []  # by their strategy, while planning
 
     # ---- requests ---------------------------------------------------------------------------
 
     def add(self, request: Request) -> None:
         """Queues a request: its first branch now, the others once the prompt is computed."""
         self._parked.discard(request.sequences[0])
-        self.scheduler.add(request.sequences[0])
+        if not self.chunks.hold_back(request):
+            self.scheduler.add(request.sequences[0])
+
+    def _assemble(self, sequence: Sequence, exact: int) -> Assembled | None:
+        try:
+            return self.chunks.assemble(sequence, exact)
+        except (KVJaxError, ValueError) as error:  # of the strategy; others must not suffer
+            failure = error if isinstance(error, KVJaxError) else KVJaxError(str(error))
+            self._refused.append((sequence.request, failure))
+            return None
 
     def abort(self, request: Request, reason: FinishReason = "abort") -> None:
         """Ends what is left of a request now. Its pages are free for the next step."""
@@ -104,32 +135,66 @@ class Engine:
         sequence.status = Status.FINISHED
         self._parked.add(sequence)
 
+    def score(self, sequence: Sequence, continuation: list[int]) -> np.ndarray:
+        """Logits f32[1 + len(continuation), vocab] behind a parked sequence's last token and behind
+        each token of `continuation`. Runs these over the sequence's KV, which stays as it is.
+
+        Raises:
+          OutOfPages: there is no room for the KV of the continuation.
+        """
+        size, first = self.spec.page_size, len(sequence.tokens) - 1
+        kept = first // size
+        with self.scheduler.lease(-(-(first + 1 + len(continuation)) // size) - kept) as lease:
+            copy = (sequence.page_ids[kept], lease.pages[0]) if first % size else None
+            pages = [*sequence.page_ids[:kept], *lease.pages]
+            try:
+                return self.runner.score([sequence.tokens[-1], *continuation], first, pages, copy)
+            except BaseException:  # the program consumes the pages
+                self._start_over()
+                raise
+
+    def read(self, sequence: Sequence) -> tuple[LayerKV, ...]:
+        """KV of a parked sequence's tokens, by layer: as stored, in float32."""
+        size, at = self.spec.page_size, np.arange(sequence.num_computed)
+        slots = np.asarray(sequence.page_ids)[at // size] * size + at % size
+        k, v = self.runner.read(slots, 0)
+        values = [None] * len(k) if v is None else v
+        return tuple(LayerKV(keys, held) for keys, held in zip(k, values, strict=True))
+
+    @property
+    def parked(self) -> frozenset[Sequence]:
+        """Sequences that are over and keep their pages."""
+        return frozenset(self._parked)
+
     @property
     def has_work(self) -> bool:
         """Whether `step()` has anything left to do."""
-        return self.scheduler.has_work or self._in_flight is not None or bool(self._failed)
+        waiting = bool(self._failed) or self.chunks.busy
+        return self.scheduler.has_work or self._in_flight is not None or waiting
 
     # ---- the loop ---------------------------------------------------------------------------
 
     def step(self) -> list[Request]:
         """Plans and dispatches a step, commits the one before; the requests that made progress."""
         self._discard_abandoned()
+        for request in self.chunks.settle():
+            self.scheduler.add(request.sequences[0])
         touched = {id(r): r for r in self._take_failed()}
         previous, self._in_flight = self._in_flight, None
         dispatching: StepPlan | None = None
         try:
-            if previous is not None and not (self.config.overlap and self._suspects.none):
+            if previous is not None and not self._may_overlap():
                 touched |= self._commit(previous)
                 previous = None
             self.scheduler.only = self._suspects.under_test
             plan = self.scheduler.plan()
-            if plan.chunks:
+            if plan.sequences:
                 dispatching = plan
                 self._in_flight = self.runner.dispatch(plan)
                 dispatching = None
             if previous is not None:
                 touched |= self._commit(previous)
-            elif not plan.chunks:
+            elif not plan.sequences:
                 self._explain_standstill()
         except jax.errors.JaxRuntimeError as error:
             steps = [s.plan for s in (previous, self._in_flight) if s is not None]
@@ -140,8 +205,18 @@ class Engine:
         touched |= {id(r): r for r in self._take_failed()}
         return list(touched.values())
 
+    def _may_overlap(self) -> bool:
+        """Whether the next step can be planned before this one's tokens are known.
+
+        A grammar's next mask needs the last token.
+        """
+        grammars = any(sequence.grammar is not None for sequence in self.scheduler.running)
+        return self.config.overlap and self._suspects.none and not grammars
+
     def _commit(self, step: Dispatched) -> dict[int, Request]:
         """Reads a step's results and appends them. Blocks until the device is done with it."""
+        if step.out is None:
+            return self._commit_staged(step)
         tokens = np.asarray(step.out.tokens)
         healthy = np.asarray(step.out.healthy)
         report = _read_report(step.out, step.owners)
@@ -164,20 +239,37 @@ class Engine:
                 self._fail(request, StepFailed("the model gave no finite logits"))
                 continue
             self._append(sequence, int(tokens[row]), entry, now)
-        for chunk in step.plan.chunks:
-            sequence = chunk.sequence
-            if not sequence.request.samples and chunk.stop >= len(sequence.tokens):
+        for portion in step.plan.portions:
+            sequence = portion.sequence
+            if not sequence.request.samples and portion.stop >= len(sequence.tokens):
                 touched[id(sequence.request)] = sequence.request
                 if sequence.status is Status.RUNNING:
                     self._finish(sequence, "length")
-        self._suspects.passed(step.plan.chunks)
+        self._suspects.passed(step.plan.portions)
         return touched
+
+    def _commit_staged(self, step: Dispatched) -> dict[int, Request]:
+        """Notes which rows a staged prefill chose. Blocks until the device is done with it."""
+        sequence = step.plan.staged
+        assert sequence is not None
+        ended, self._ended = self._ended, set()
+        if sequence.assembly is None or sequence in ended:
+            return {}
+        stages = stage_rows(sequence.assembly.staged.stages, step.stages)
+        report = staged_report(sequence.request.report, stages)
+        sequence.request.report = report
+        sequence.request.num_cached_tokens = int((report.fates[-1] < Fate.RECOMPUTED).sum())
+        self._suspects.passed([Portion(sequence, 0, 1, False, False)])
+        return {}
 
     def _append(
         self, sequence: Sequence, token: int, entry: PositionLogprobs | None, now: float
     ) -> None:
         """Takes a drawn token and ends the sequence where it must end."""
         request, params = sequence.request, sequence.request.params
+        if sequence.grammar is not None and not sequence.grammar.accept(token):
+            self._fail(request, GrammarFailed(f"no token that {_ASKED} allow has a chance"))
+            return
         sequence.tokens.append(token)
         request.metrics.num_output_tokens += 1
         if request.metrics.first_token_time is None:
@@ -190,12 +282,13 @@ class Engine:
         full = (params.max_tokens is not None and sequence.num_output >= params.max_tokens) or len(
             sequence.tokens
         ) >= self.limits.max_model_len
-        over = is_end or is_stop or full
+        complete = sequence.grammar is not None and sequence.grammar.complete
+        over = is_end or is_stop or full or complete
         stop = sequence.text.push(token, over) if sequence.text is not None else None
         if stop is not None:
             sequence.stop_reason = stop
             self._finish(sequence, "stop")
-        elif is_end or is_stop:
+        elif is_end or is_stop or complete:
             sequence.stop_reason = token if is_stop else None
             self._finish(sequence, "stop")
         elif full:
@@ -236,7 +329,7 @@ class Engine:
     def _explain_standstill(self) -> None:
         """Nothing runs, nothing is on its way: the first in the queue can never be served."""
         stuck = self.scheduler.stuck()
-        if stuck is not None:
+        if stuck is not None and not (self.reclaim is not None and self.reclaim()):
             sequence, why = stuck
             self._fail(sequence.request, why)
 
@@ -255,7 +348,7 @@ class Engine:
         The steps that were in flight are run again in halves until one sequence is left to blame;
         the others never notice.
         """
-        sequences = {chunk.sequence for plan in plans for chunk in plan.chunks}
+        sequences = {sequence for plan in plans for sequence in plan.sequences}
         alive = {s for s in sequences if s.status is not Status.FINISHED and s not in self._ended}
         self._start_over()
         culprit = self._suspects.failed(alive, others=len(alive) < len(sequences))
@@ -291,8 +384,20 @@ class Engine:
             tree, pool = self.scheduler.tree, self.scheduler.pool
             held = {page for sequence in self._parked for page in sequence.page_ids}
             cached = 0 if tree is None else tree.num_pages
+            stored = {page for variant in self.chunks.store for page in variant.page_ids}
             used = pool.num_pages - pool.num_free
-            assert max(cached, len(held)) <= used <= cached + len(held), (cached, held, used)
+            most = cached + len(held | stored)
+            assert max(cached, len(held | stored)) <= used <= most, (cached, held, stored, used)
+
+
+def _facts(model: Transformer, spec: KVSpec) -> ModelFacts:
+    c = model.config
+    return ModelFacts(
+        num_layers=c.num_layers,
+        hidden_size=c.hidden_size,
+        kv_token_bytes=spec.bytes(1),
+        hidden_token_bytes=2 * c.hidden_size * c.num_layers,
+    )
 
 
 def _read_report(out: SampleOutput, owners: tuple[RowOwner, ...]) -> SampleOutput | None:

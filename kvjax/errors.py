@@ -33,5 +33,30 @@ class TokenizerNotFound(KVJaxError, FileNotFoundError):
     """The checkpoint brings no tokenizer that can be read."""
 
 
+class GrammarFailed(KVJaxError, RuntimeError):
+    """What a request forbids otherwise leaves no token that its structured outputs allow."""
+
+
 class StepFailed(KVJaxError, RuntimeError):
     """The device step raised for this request; the others went on. `__cause__` says what raised."""
+
+
+class UnknownChunk(KVJaxError, LookupError):
+    """No KV is stored for the chunk that was named."""
+
+
+class UnknownStrategy(KVJaxError, ValueError):
+    """No reuse strategy has that name, or it has no such option; the message lists them."""
+
+
+class ReuseRefused(KVJaxError, ValueError):
+    """Approximate reuse of KV may not serve this model; the message has the measured loss, or says
+    that none was measured."""
+
+
+class InvalidPlan(KVJaxError, ValueError):
+    """A reuse plan cannot be carried out; the message names the stage and the rule it breaks."""
+
+
+class CorruptChunks(KVJaxError, ValueError):
+    """A file of saved chunks is damaged, or was written for another model or KV type."""

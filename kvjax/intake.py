@@ -11,13 +11,24 @@ from typing import Any
 
 from kvjax.decode import RowRequest, pack_rows, seat_features, stage_arguments
 from kvjax.errors import PromptTooLong
+from kvjax.grammar import Grammars
 from kvjax.models.chat import render_chat
 from kvjax.models.tokenizers import Tokenizer
-from kvjax.request import CompletionOutput, RequestMetrics, RequestOutput, SamplingParams
+from kvjax.request import (
+    Chunk,
+    CompletionOutput,
+    RequestMetrics,
+    RequestOutput,
+    SamplingParams,
+    StructuredOutputs,
+)
+from kvjax.reuse import Strategy, parse
+from kvjax.reuse.gate import Gate
+from kvjax.reuse.report import ReuseReport
 from kvjax.sequence import Request, Sequence
 from kvjax.text import TextStream
 
-Prompt = str | Seq[int] | Mapping[str, Any] | Seq[Mapping[str, Any]]
+Prompt = str | Seq[int] | Mapping[str, Any] | Seq[Mapping[str, Any]] | Seq[str | Chunk]
 
 
 class Intake:
@@ -33,10 +44,16 @@ class Intake:
         max_prompt_tokens: int,
         seed: int | None,
         clock: Callable[[], float],
+        reuse: Any = None,
+        gate: Gate | None = None,
     ) -> None:
+        """`gate`: what approximate strategies have to pass; None lets all of them through."""
         self.tokenizer, self.clock = tokenizer, clock
         self.vocab_size, self.end_token_ids = vocab_size, end_token_ids
         self.max_model_len, self.max_prompt_tokens = max_model_len, max_prompt_tokens
+        self._gate = gate
+        self.reuse = self._strategy(reuse)
+        self.grammars = Grammars(tokenizer, vocab_size, end_token_ids)
         self._arrivals = itertools.count()
         self._random = None if seed is None else random.Random(seed)
 
@@ -57,11 +74,16 @@ class Intake:
             not fit the model.
           PromptTooLong: the prompt and one token do not fit the context, or the prompt does not
             fit the page pool.
+          ReuseRefused: the strategy for its chunks may not serve this model.
         """
-        text, ids = self.tokens(prompt)
+        text, ids, spans = self.marked_tokens(prompt)
         if text is not None:
             ids = self.checked_ids(ids)  # a vocabulary can be larger than the model's
-        return self.from_ids(ids, params, text=text, request_id=request_id, samples=samples)
+        request = self.from_ids(ids, params, text=text, request_id=request_id, samples=samples)
+        if spans and params.prompt_logprobs is None:  # which need every prompt token run
+            request.strategy = self.reuse if params.reuse is None else self._strategy(params.reuse)
+            request.chunk_spans = spans
+        return request
 
     def from_ids(
         self,
@@ -77,6 +99,10 @@ class Intake:
         self._check(ids, params)
         bad_word_ids = self._bad_words(params)
         self._check_device_limits(params, bad_word_ids)
+        asked = params.structured_outputs
+        matcher = None
+        if samples and isinstance(asked, StructuredOutputs):
+            matcher = self.grammars.matcher(asked)
         arrival = next(self._arrivals)
         request = Request(
             request_id=str(arrival) if request_id is None else request_id,
@@ -100,10 +126,39 @@ class Intake:
             if samples:
                 stops = (*ends, *(params.stop_token_ids or ()))
                 branched.text = TextStream(self.tokenizer, params, stops, prompt_ids=ids)
+            branched.grammar = None if matcher is None else matcher.fresh()
             branched.logprobs = [] if params.logprobs is not None else None
             branched.cumulative_logprob = 0.0
             request.sequences.append(branched)
         return request
+
+    def marked_tokens(
+        self, prompt: Prompt
+    ) -> tuple[str | None, list[int], tuple[tuple[int, int], ...]]:
+        """Text and ids of a prompt, and the spans of its chunks. Parts are tokenised by themselves:
+        the same text gives the same ids wherever it stands."""
+        if isinstance(prompt, Mapping) and isinstance(prompt.get("prompt"), list):
+            prompt = [_part(part) for part in prompt["prompt"]]
+        if not is_marked(prompt):
+            return *self.tokens(prompt), ()
+        ids: list[int] = []
+        spans, texts = [], []
+        parts: list[Any] = list(prompt)
+        for number, part in enumerate(parts):
+            content = part.content if isinstance(part, Chunk) else part
+            if isinstance(content, str):
+                first = number == 0 and not isinstance(part, Chunk)
+                encoded = self.tokenizer.encode(content, add_special_tokens=first)
+                texts.append(content)
+            else:
+                encoded = self.checked_ids(content)
+                texts.append(self.tokenizer.decode(encoded, skip_special_tokens=False))
+            if isinstance(part, Chunk):
+                if not encoded:
+                    raise ValueError(f"a chunk has no tokens: {content!r}")
+                spans.append((len(ids), len(ids) + len(encoded)))
+            ids += encoded
+        return "".join(texts), ids, tuple(spans)
 
     def tokens(self, prompt: Prompt) -> tuple[str | None, list[int]]:
         """Text (if any) and ids of a prompt: text, ids, chat messages, or a mapping with one of
@@ -174,6 +229,20 @@ class Intake:
         if bad_word_ids:
             seat_features(params, self.vocab_size, bad_word_ids=bad_word_ids)
 
+    def _strategy(self, spec: Any) -> Strategy:
+        """The strategy of a spec, if it may serve this model."""
+        strategy = parse(spec)
+        if self._gate is not None:
+            self._gate.check(strategy)
+        return strategy
+
+    def report(self, request: Request) -> ReuseReport | None:
+        """How the prompt's KV came about, with what that was measured to cost."""
+        if request.report is None or request.strategy is None or self._gate is None:
+            return request.report  # of a continued branch, whose prompt came with another request
+        loss = self._gate.loss(request.strategy)
+        return dataclasses.replace(request.report, estimated_loss=loss)
+
     def _seed(self) -> int:
         return self._random.getrandbits(64) if self._random else secrets.randbits(64)
 
@@ -200,8 +269,27 @@ class Intake:
             prompt_logprobs=None if logprobs is None else tuple(logprobs),
             metrics=dataclasses.replace(request.metrics),
             num_cached_tokens=request.num_cached_tokens,
+            reuse=self.report(request),
             error=request.error,
         )
+
+
+def is_marked(prompt: Any) -> bool:
+    """Whether a prompt is a list of texts and chunks."""
+    if not isinstance(prompt, list | tuple) or not prompt:
+        return False
+    return any(isinstance(part, Chunk) for part in prompt) and all(
+        isinstance(part, str | Chunk) for part in prompt
+    )
+
+
+def _part(part: Any) -> str | Chunk:
+    """A part of a prompt in JSON: text, or `{"chunk": text or ids}`."""
+    if isinstance(part, str):
+        return part
+    if isinstance(part, Mapping) and set(part) == {"chunk"}:
+        return Chunk(part["chunk"])
+    raise ValueError(f'a part of a prompt is text or {{"chunk": text}}, got {part!r}')
 
 
 def _completion(index: int, sequence: Sequence, streaming: bool) -> CompletionOutput:

@@ -11,11 +11,16 @@ from jax.sharding import Mesh
 
 from kvjax.branch import Branch
 from kvjax.build import build, tensor_parallel_mesh
+from kvjax.cache.chunks import tokens_hash
+from kvjax.chunks import Chunks
+from kvjax.conditioning import Conditioned, condition
 from kvjax.config import EngineConfig
-from kvjax.intake import Prompt
+from kvjax.intake import Prompt, is_marked
 from kvjax.models.tokenizers import Tokenizer
 from kvjax.progress import progress_bar
-from kvjax.request import RequestOutput, SamplingParams
+from kvjax.request import Chunk, RequestOutput, SamplingParams
+from kvjax.reuse import parse
+from kvjax.reuse.strategy import context_hash
 from kvjax.sequence import Request
 from kvjax.stream import Job, Result, run_stream
 
@@ -105,12 +110,27 @@ class LLM:
 
     # ---- branches ---------------------------------------------------------------------------
 
-    def open(self, prompt: Prompt, *, cache_salt: str | None = None) -> Branch:
+    def open(
+        self,
+        prompt: Prompt,
+        sampling_params: SamplingParams | None = None,
+        *,
+        cache_salt: str | None = None,
+    ) -> Branch:
         """Computes the KV of `prompt` and keeps it: fork it, append to it, run it.
 
-        Close it (or use `with`) to give its pages back.
+        Of `sampling_params`, what concerns the prompt counts: `reuse` for its chunks, `cache_salt`,
+        `skip_reading_prefix_cache`, `priority`, `extra_args`. Close it (or use `with`) to give its
+        pages back.
         """
-        params = SamplingParams(max_tokens=1, cache_salt=cache_salt)
+        given = sampling_params or SamplingParams()
+        if cache_salt is not None and given.cache_salt not in (None, cache_salt):
+            raise ValueError(f"two salts: {cache_salt=} and {given.cache_salt!r} in the parameters")
+        cache_salt = cache_salt or given.cache_salt
+        params = SamplingParams(
+            max_tokens=1, cache_salt=cache_salt, reuse=given.reuse, priority=given.priority,
+            skip_reading_prefix_cache=given.skip_reading_prefix_cache, extra_args=given.extra_args,
+        )  # fmt: skip
         request = self._intake.request(prompt, params, samples=False)
         request.sequences[0].keeps_pages = True
         try:
@@ -143,6 +163,31 @@ class LLM:
             pass
         return [self._intake.output(request) for request in requests]
 
+    def relay(
+        self,
+        prompts: Prompt | Seq[Prompt],
+        sampling_params: SamplingParams | Seq[SamplingParams] | None = None,
+    ) -> list[RequestOutput]:
+        """`generate`, and every output's KV is kept as a chunk for the prompts that quote it.
+
+        `Chunk(completion.token_ids)`, with or without its end token, in a later prompt of the same
+        `cache_salt` with `reuse="relaycaching"` finds the KV that decoding wrote.
+        """
+        requests = self._requests(prompts, sampling_params)
+        sequences = [sequence for request in requests for sequence in request.sequences]
+        for sequence in sequences:
+            sequence.keeps_pages = True
+        try:
+            for _ in self._run(requests):
+                pass
+            for sequence in sequences:
+                if sequence.request.error is None:
+                    self.chunks.keep_output(sequence)
+        finally:
+            for sequence in sequences:
+                self.engine.discard(sequence)
+        return [self._intake.output(request) for request in requests]
+
     # ---- the rest ---------------------------------------------------------------------------
 
     def get_tokenizer(self) -> Tokenizer:
@@ -152,6 +197,43 @@ class LLM:
     def reset_prefix_cache(self) -> int:
         """Forgets cached prefixes; the number of pages that became free."""
         return self.engine.reset_prefix_cache()
+
+    @property
+    def chunks(self) -> Chunks:
+        """The stored chunks: `put_chunks` fills it ahead of time."""
+        return self.engine.chunks
+
+    def put_chunks(
+        self, documents: Seq[str | Chunk], *, strategy: Any = None, cache_salt: str | None = None
+    ) -> int:
+        """Encodes documents ahead of any prompt, behind the context their strategy wants.
+
+        Returns how many are stored; the others were not let in, for want of room.
+        """
+        chosen = self._intake.reuse if strategy is None else parse(strategy)
+        parts = [part if isinstance(part, Chunk) else Chunk(part) for part in documents]
+        corpus = [tuple(self._intake.marked_tokens([part])[1]) for part in parts]
+        for tokens in corpus:
+            self.chunks.put(tokens, chosen.enrich(tokens, corpus), cache_salt, chosen)
+        while self.engine.has_work:
+            self.engine.step()
+        found = [self.chunks.store.variants(cache_salt, tokens_hash(tokens)) for tokens in corpus]
+        return sum(context_hash(chosen.enrich(tokens, corpus)) in variants
+                   for tokens, variants in zip(corpus, found, strict=True))  # fmt: skip
+
+    def condition(
+        self, prompt: Prompt, *, strategy: Any = "kamera", cache_salt: str | None = None
+    ) -> Conditioned:
+        """Makes the patch of every chunk of a marked prompt, for what stands in front of it there.
+
+        Prompts with `reuse` of the same spec then find them, in any order of these antecedents:
+        `llm.condition(["system", Chunk(a), Chunk(b)], strategy="kamera:rank=16")`.
+
+        Raises:
+          ValueError: no chunk is marked, or the strategy is not `Kamera`.
+          PromptTooLong: the prompt does not fit the context.
+        """
+        return condition(self.engine, self._intake, prompt, parse(strategy), cache_salt, self._run)
 
     def warm_up(self) -> None:
         """Compiles every program now. Later calls compile nothing."""
@@ -194,7 +276,7 @@ def _each(params: Any, count: int) -> list[SamplingParams]:
 
 def _is_one(prompts: Any) -> bool:
     """Whether this is a single prompt rather than a list of them."""
-    if isinstance(prompts, str | Mapping):
+    if isinstance(prompts, str | Mapping) or is_marked(prompts):
         return True
     return bool(
         isinstance(prompts, Seq) and prompts and isinstance(prompts[0], Integral | Mapping)

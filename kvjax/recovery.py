@@ -2,8 +2,8 @@
 
 from collections.abc import Iterable
 
-from kvjax.schedule import Chunk
 from kvjax.sequence import Sequence
+from kvjax.step_plan import Portion
 
 
 class Suspects:
@@ -44,14 +44,14 @@ class Suspects:
                 self._groups.insert(0, {sequence: group[sequence] for sequence in part})
         return None
 
-    def passed(self, chunks: Iterable[Chunk]) -> None:
+    def passed(self, portions: Iterable[Portion]) -> None:
         """Clears the sequences that a good step took past the point of failure."""
         if not self._groups:
             return
-        for chunk in chunks:
-            target = self._groups[0].get(chunk.sequence)
-            if target is not None and chunk.stop > target:
-                self.drop(chunk.sequence)
+        for portion in portions:
+            target = self._groups[0].get(portion.sequence)
+            if target is not None and portion.stop > target:
+                self.drop(portion.sequence)
                 if not self._groups:
                     return
 

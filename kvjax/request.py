@@ -1,6 +1,7 @@
 """What a caller asks for and what comes back. Host-only: names and defaults follow vLLM."""
 
 import dataclasses
+import json
 import math
 import numbers
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -38,6 +39,54 @@ class FrozenMapping(Mapping[Any, Any]):
         return repr(self._items)
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class Chunk:
+    """Part of a prompt whose KV is stored by itself and reused wherever it appears again.
+
+    Text is tokenised by itself, without special tokens, wherever it stands.
+    """
+
+    content: str | tuple[int, ...]  # text, or token ids
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.content, str):
+            object.__setattr__(self, "content", _token_ids("a chunk", self.content))
+        if not self.content:
+            raise ValueError(f"a chunk must not be empty, got {self.content!r}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StructuredOutputs:
+    """What a completion must be: exactly one of these. Checked when made (`ValueError`)."""
+
+    json: str | Mapping[str, Any] | None = None  # a JSON schema; kept as text
+    json_object: bool = False  # any JSON object
+    regex: str | None = None
+    choice: Sequence[str] | None = None  # kept as a tuple
+    grammar: str | None = None  # Lark, with the rule `start`
+
+    def __post_init__(self) -> None:
+        if self.choice is not None:
+            choice = _strings("choice", self.choice)
+            if not choice:
+                raise ValueError("choice must hold at least one string, got []")
+            object.__setattr__(self, "choice", choice)
+        if isinstance(self.json, Mapping):
+            object.__setattr__(self, "json", json.dumps(self.json))
+        for name in ("json", "regex", "grammar"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, str) or not value):
+                raise ValueError(f"{name} must be a non-empty string, got {value!r}")
+        given = [
+            f.name for f in dataclasses.fields(self) if getattr(self, f.name) not in (None, False)
+        ]
+        if len(given) != 1:
+            raise ValueError(
+                f"structured outputs are exactly one of json, json_object, regex, choice, grammar; "
+                f"got {given}"
+            )
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SamplingParams:
     """How to generate from one prompt. Immutable, hashable, checked when made (`ValueError`).
@@ -66,11 +115,13 @@ class SamplingParams:
     logit_bias: Mapping[int, float] | None = None  # token id -> added to its logit
     allowed_token_ids: Sequence[int] | None = None  # kept as a tuple; None: all
     bad_words: Sequence[str] | None = None  # kept as a tuple
+    structured_outputs: StructuredOutputs | Mapping[str, Any] | None = None  # or its fields
     skip_special_tokens: bool = True
     include_stop_str_in_output: bool = False
     priority: int = 0  # lower is scheduled first
     cache_salt: str | None = None  # KV is shared only between requests of one salt
     skip_reading_prefix_cache: bool = False
+    reuse: Any = None  # spec or `kvjax.reuse.Strategy` for the prompt's chunks; None: the engine's
     extra_args: Mapping[str, Any] | None = None  # for logit stages and strategies from outside
 
     def __post_init__(self) -> None:
@@ -105,6 +156,8 @@ class SamplingParams:
             self._set("allowed_token_ids", allowed)
         if self.logit_bias is not None:
             self._set("logit_bias", _logit_bias(self.logit_bias))
+        if self.structured_outputs is not None:
+            self._set("structured_outputs", _structured(self.structured_outputs))
         if self.cache_salt is not None and (
             not isinstance(self.cache_salt, str) or not self.cache_salt
         ):
@@ -223,6 +276,7 @@ class RequestOutput:
     prompt_logprobs: tuple[PositionLogprobs | None, ...] | None = None  # the first entry is None
     metrics: RequestMetrics | None = None
     num_cached_tokens: int = 0  # prompt tokens whose KV was reused
+    reuse: Any = None  # `kvjax.reuse.report.ReuseReport` of a prompt with chunks
     error: KVJaxError | None = None  # why it failed, if a finish_reason is "error"
 
 
@@ -255,6 +309,9 @@ _FLAGS = (
 )
 
 
+_TINY, _HUGE = 1.2e-38, 3.4e38  # the device computes in float32
+
+
 def _integer(name: str, value: object, low: int, high: int) -> int:
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise ValueError(f"{name} must be an integer in [{low}, {high}], got {value!r}")
@@ -272,7 +329,8 @@ def _number(name: str, value: object, low: float, high: float, *, open_low: bool
         number = float(value)
     except OverflowError:
         number = math.inf
-    if not math.isfinite(number) or not low <= number <= high or (open_low and number == low):
+    outside = not low <= number <= high or abs(number) > _HUGE or (open_low and number < _TINY)
+    if outside or not math.isfinite(number):
         raise ValueError(f"{name} must be a finite number in {limit}, got {value!r}")
     return number
 
@@ -288,6 +346,17 @@ def _strings(name: str, value: object) -> tuple[str, ...]:
         if not isinstance(string, str) or not string:
             raise ValueError(f"{name} must hold non-empty strings only, got {string!r}")
     return strings
+
+
+def _structured(value: object) -> StructuredOutputs:
+    if isinstance(value, StructuredOutputs):
+        return value
+    if not isinstance(value, Mapping):
+        raise ValueError(f"structured_outputs must be StructuredOutputs, got {value!r}")
+    unknown = set(value) - {field.name for field in dataclasses.fields(StructuredOutputs)}
+    if unknown:
+        raise ValueError(f"structured_outputs has no {sorted(map(str, unknown))}")
+    return StructuredOutputs(**value)
 
 
 def _token_ids(name: str, value: object) -> tuple[int, ...]:

@@ -21,17 +21,28 @@ from kvjax.decode import (
     DecodeState,
     RowRequest,
     SampleOutput,
+    load_masks,
     load_seat,
     pack_rows,
     seat_features,
     stage_arguments,
 )
-from kvjax.models import Transformer
+from kvjax.models import ModelConfig, Transformer
+from kvjax.prefix_groups import CascadeRule, PrefixGroups
+from kvjax.programs import SideKey, side_program
+from kvjax.readout import ScoreShape, padded
 from kvjax.request import SamplingParams
-from kvjax.schedule import Chunk, Limits, StepPlan
+from kvjax.reuse.assemble import Move
+from kvjax.reuse.forward import StagedShape, rung
+from kvjax.reuse.pack import batched_moves, stage_prompt
+from kvjax.reuse.read import ReadShape
 from kvjax.sequence import Sequence
 from kvjax.step import Bucket, StepBatch, StepLayout, ints, step
+from kvjax.step_plan import Limits, Portion, StepPlan
 
+ProgramKey = Bucket | SideKey | str
+
+_BESIDE = ("copy_pages", "load_seat", "load_masks")  # programs beside the step
 _SMALLEST = 16  # tokens of the smallest mixed program
 
 
@@ -50,26 +61,37 @@ class Dispatched:
 
     plan: StepPlan
     owners: tuple[RowOwner, ...]
-    out: SampleOutput
-    bucket: Bucket
+    out: SampleOutput | None  # None: a staged prefill, which draws nothing
+    bucket: Bucket | StagedShape
+    stages: tuple[Any, ...] = ()  # indices of the rows that each stage of it ran
 
 
 class Runner:
     """Runs plans on the device, in the order they come."""
 
-    def __init__(self, model: Transformer, spec: KVSpec, num_pages: int, limits: Limits) -> None:
+    def __init__(
+        self,
+        model: Transformer,
+        spec: KVSpec,
+        num_pages: int,
+        limits: Limits,
+        cascade: bool = False,
+    ) -> None:
+        """`cascade`: decode steps may read what sequences share once, where that moves less."""
         self.spec, self.num_pages, self.limits = spec, num_pages, limits
         self.config, self.sharding = model.config, model.sharding
         self._graph, state = nnx.split(model)
         self._weights, self._weights_tree = jax.tree.flatten(state)
         self._pages_per_seq = -(-limits.max_model_len // spec.page_size)
         self.arguments = stage_arguments()
-        self.buckets = ladder(limits)
-        self._programs: dict[Bucket | str, Any] = {}
+        self.cascade_rule = _cascade_rule(model.config, spec) if cascade else None
+        self.buckets = ladder(limits, self.cascade_rule is not None)
+        self._programs: dict[ProgramKey, Any] = {}
         self._layouts: dict[Bucket, StepLayout] = {}
         self.compiles = 0
         self.compile_seconds = 0.0
         self.padded_tokens = self.real_tokens = 0
+        self.cascade_steps = 0  # decode steps that the rule gave to `cascade_attention`
         self.rebuild()
 
     # ---- device state -----------------------------------------------------------------------
@@ -99,7 +121,7 @@ class Runner:
 
     def compile_next(self) -> str | None:
         """Compiles one more program; its name, or None when all are there."""
-        for key in ("copy_pages", "load_seat", *self.buckets):
+        for key in (*_BESIDE, *self.buckets):
             if key not in self._programs:
                 self._program(key)
                 return str(key)
@@ -108,9 +130,9 @@ class Runner:
     @property
     def is_warm(self) -> bool:
         """Whether every program is compiled."""
-        return len(self._programs) == len(self.buckets) + 2
+        return all(key in self._programs for key in (*_BESIDE, *self.buckets))
 
-    def _program(self, key: "Bucket | str") -> Any:
+    def _program(self, key: ProgramKey) -> Any:
         if key not in self._programs:
             start = time.perf_counter()
             self._programs[key] = self._compile(key)
@@ -119,7 +141,7 @@ class Runner:
             _return_freed_memory()
         return self._programs[key]
 
-    def _compile(self, key: "Bucket | str") -> Any:
+    def _compile(self, key: ProgramKey) -> Any:
         pages, state = (jax.tree.map(_abstract, tree) for tree in (self.pages, self.state))
         if key == "copy_pages":
             ids = self._abstract_input((self.limits.max_num_seqs,))
@@ -128,22 +150,42 @@ class Runner:
         if key == "load_seat":
             features = seat_features(SamplingParams(), self.config.vocab_size)
             return load_seat.lower(state, np.int32(0), features).compile()
+        if key == "load_masks":
+            seats, masks = self._mask_arrays()
+            return load_masks.lower(state, seats, masks).compile()
+        if isinstance(key, SideKey):
+            build = side_program(key, self.spec, self.config.num_layers, self._pages_per_seq)
+            arguments = self._abstract_inputs(build.arguments)
+            run = jax.jit(
+                lambda weights, *rest: build.run(self._model(weights), *rest),
+                donate_argnums=1 if build.consumes_pages else (),
+            )
+            return run.lower(self._weights, pages, *arguments).compile()
         assert isinstance(key, Bucket)
         layout = self._layout(key)
 
         @partial(jax.jit, donate_argnums=(1, 2))
         def run(weights, pages, state, buffer):
-            model = nnx.merge(self._graph, jax.tree.unflatten(self._weights_tree, weights))
+            model = self._model(weights)
             return step(model, pages, state, layout.unpack(buffer), decode=key.decode)
 
         buffer = self._abstract_input((layout.size,))
         return run.lower(self._weights, pages, state, buffer).compile()
 
-    def _abstract_input(self, shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
+    def _model(self, weights: Any) -> Transformer:
+        """The model over flat weights, inside a trace."""
+        return nnx.merge(self._graph, jax.tree.unflatten(self._weights_tree, weights))
+
+    def _abstract_inputs(self, tree: Any) -> Any:
+        return jax.tree.map(lambda x: self._abstract_input(x.shape, x.dtype), tree)
+
+    def _abstract_input(
+        self, shape: tuple[int, ...], dtype: Any = np.int32
+    ) -> jax.ShapeDtypeStruct:
         sharding = None
         if self.sharding.mesh is not None:
             sharding = jax.sharding.NamedSharding(self.sharding.mesh, jax.sharding.PartitionSpec())
-        return jax.ShapeDtypeStruct(shape, np.int32, sharding=sharding)
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
     def _layout(self, bucket: Bucket) -> StepLayout:
         if bucket not in self._layouts:
@@ -152,6 +194,24 @@ class Runner:
             )
         return self._layouts[bucket]
 
+    # ---- reading ----------------------------------------------------------------------------
+
+    def read(
+        self, slots: np.ndarray, shift: int | np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray | None]:
+        """KV at `slots`, keys turned `shift` positions on (all, or each); see `read_slots`.
+
+        Blocks until the steps before it are done. For the thread that owns the engine.
+        """
+        count = len(slots)
+        shape = ReadShape(rung(count))
+        rest = (0, shape.tokens - count)
+        padded = np.pad(slots.astype(np.int32), rest, constant_values=-1)
+        shifts = np.zeros(shape.tokens, np.int32)
+        shifts[:count] = shift
+        k, v = self._program(shape)(self._weights, self.pages, padded, shifts)
+        return np.asarray(k)[:, :count], None if v is None else np.asarray(v)[:, :count]
+
     # ---- running ----------------------------------------------------------------------------
 
     def dispatch(self, plan: StepPlan) -> Dispatched:
@@ -159,19 +219,66 @@ class Runner:
 
         If this (or reading the results) raises, pages and state are lost: call `rebuild()`.
         """
-        bucket = self._bucket(plan)
+        if plan.staged is not None:
+            return self._dispatch_staged(plan)
+        groups = self._groups(plan)
+        bucket = self._bucket(plan, groups is not None)
         program, layout = self._program(bucket), self._layout(bucket)
-        batch, owners = self._batch(plan, bucket)
-        if plan.copies:
-            self._copy(plan.copies)
-        for sequence in plan.loads:
-            self._load_seat(sequence)
+        batch, owners = self._batch(plan, bucket, groups)
+        self._prepare(plan)
+        self._load_masks(plan)
         self.real_tokens += plan.num_tokens
         self.padded_tokens += bucket.tokens
+        self.cascade_steps += bucket.cascade
         self.pages, self.state, out = program(
             self._weights, self.pages, self.state, layout.pack(batch)
         )
         return Dispatched(plan, owners, out, bucket)
+
+    def score(
+        self, tokens: list[int], first: int, page_ids: list[int], copy: tuple[int, int] | None
+    ) -> np.ndarray:
+        """Logits f32[len(tokens), vocab] of tokens from index `first` on over the KV in `page_ids`.
+
+        Their own KV is written there, after the page `copy[0]` was copied to `copy[1]`. Waits for
+        the device.
+        """
+        if copy is not None:
+            self._copy((copy,))
+        shape = ScoreShape(padded(len(tokens)))
+        ids, table = ints(shape.rows), ints(1, self._pages_per_seq)
+        ids[: len(tokens)], table[0, : len(page_ids)] = tokens, page_ids
+        program = self._program(shape)
+        self.pages, logits = program(
+            self._weights, self.pages, ids, np.int32(first), np.int32(len(tokens)), table
+        )
+        return np.asarray(logits)[: len(tokens)]
+
+    def _prepare(self, plan: StepPlan) -> None:
+        """What comes before the step's tokens."""
+        if plan.copies:
+            self._copy(plan.copies)
+        if plan.moves:
+            self._move(plan.moves)
+        for sequence in plan.loads:
+            self._load_seat(sequence)
+
+    def _move(self, moves: tuple[tuple[Sequence, Move], ...]) -> None:
+        """Stored KV into sequences' own pages; moves without a patch travel together."""
+        for move in batched_moves(moves, self.spec.page_size):
+            program = self._program(move.shape)
+            self.pages = program(self._weights, self.pages, *move.arrays)
+
+    def _dispatch_staged(self, plan: StepPlan) -> Dispatched:
+        """A staged prefill of one sequence, up to its last prompt token."""
+        assert plan.staged is not None
+        self._prepare(plan)
+        shape, batch = stage_prompt(plan.staged, self.spec.page_size, self._pages_per_seq)
+        rows = sum(stage.rows for stage in shape.stages)
+        self.padded_tokens += rows
+        program = self._program(shape)
+        self.pages, stages = program(self._weights, self.pages, batch)
+        return Dispatched(plan, (), None, shape, stages)
 
     def _copy(self, copies: tuple[tuple[int, int], ...]) -> None:
         width = self.limits.max_num_seqs
@@ -194,11 +301,44 @@ class Runner:
         assert sequence.seat is not None
         self.state = self._program("load_seat")(self.state, np.int32(sequence.seat), features)
 
-    def _bucket(self, plan: StepPlan) -> Bucket:
+    def _groups(self, plan: StepPlan) -> PrefixGroups | None:
+        """Who reads a prefix together in a decode step, if that pays."""
+        if self.cascade_rule is None or len(plan.portions) < 2 or not _is_decode(plan):
+            return None
+        return self.cascade_rule.groups(
+            [portion.sequence.page_ids for portion in plan.portions],
+            [portion.stop for portion in plan.portions],
+        )
+
+    def _load_masks(self, plan: StepPlan) -> None:
+        """Tells the device what the sequences with a grammar may draw in this step."""
+        drawing = [
+            c.sequence for c in plan.portions if c.samples and c.sequence.grammar is not None
+        ]
+        if not drawing:
+            return
+        seats, masks = self._mask_arrays()
+        for row, sequence in enumerate(drawing):
+            assert sequence.grammar is not None
+            assert sequence.seat is not None
+            seats[row], masks[row] = sequence.seat, sequence.grammar.mask()
+        self.state = self._program("load_masks")(self.state, seats, masks)
+
+    def _mask_arrays(self) -> tuple[np.ndarray, np.ndarray]:
+        """Padding: seats past all of them, with any mask."""
+        rows = self.limits.max_num_seqs
+        words = -(-self.config.vocab_size // 32)
+        return np.full(rows, rows + 1, np.int32), np.zeros((rows, words), np.int32)
+
+    def _bucket(self, plan: StepPlan, cascade: bool = False) -> Bucket:
         """The smallest program that holds the plan."""
-        scores = any(chunk.scores_prompt for chunk in plan.chunks)
-        if not scores and all(chunk.stop - chunk.start == 1 for chunk in plan.chunks):
-            fits = [b for b in self.buckets if b.decode and b.seqs >= len(plan.chunks)]
+        scores = any(portion.scores_prompt for portion in plan.portions)
+        if _is_decode(plan):
+            fits = [
+                b
+                for b in self.buckets
+                if b.decode and b.seqs >= len(plan.portions) and b.cascade == cascade
+            ]
         else:
             fits = [
                 b
@@ -207,34 +347,40 @@ class Runner:
             ]
         return min(fits)
 
-    def _batch(self, plan: StepPlan, bucket: Bucket) -> tuple[StepBatch, tuple[RowOwner, ...]]:
-        """The plan as padded numpy arrays."""
+    def _batch(
+        self, plan: StepPlan, bucket: Bucket, groups: PrefixGroups | None
+    ) -> tuple[StepBatch, tuple[RowOwner, ...]]:
+        """The plan as padded numpy arrays, its sequences in the order of the groups."""
         t, s, size = bucket.tokens, bucket.seqs, self.spec.page_size
         tokens, source, positions = ints(t), ints(t, padding=-1), ints(t)
         slots, hi = ints(t, padding=-1), ints(t)
         starts, kv_lens, tables = ints(s + 1), ints(s), ints(s, self._pages_per_seq)
         rows: list[tuple[int, RowOwner]] = []
         at = 0
-        for i, chunk in enumerate(plan.chunks):
-            sequence, n = chunk.sequence, chunk.stop - chunk.start
+        portions = plan.portions if groups is None else [plan.portions[i] for i in groups.order]
+        for i, portion in enumerate(portions):
+            sequence, n = portion.sequence, portion.num_tokens
             span = slice(at, at + n)
-            known = sequence.tokens[chunk.start : chunk.stop]
+            indices = portion.indices
+            known = sequence.tokens[portion.start : portion.stop]
+            if portion.reused:
+                known = [sequence.tokens[i] for i in indices if i < len(sequence.tokens)]
             tokens[at : at + len(known)] = known
             if len(known) < n:
                 source[at + len(known)] = sequence.seat
-            indices = np.arange(chunk.start, chunk.stop, dtype=np.int32)
             tables[i, : len(sequence.page_ids)] = sequence.page_ids
             positions[span] = indices
             slots[span] = tables[i, indices // size] * size + indices % size
             hi[span] = indices + 1
-            kv_lens[i] = chunk.stop
+            kv_lens[i] = portion.stop
             at += n
             starts[i + 1] = at
-            rows += _rows(chunk, at - n)
-        starts[len(plan.chunks) + 1 :] = at
+            rows += _rows(portion, at - n)
+        starts[len(plan.portions) + 1 :] = at
         logits_rows = ints(bucket.rows)
         logits_rows[: len(rows)] = [row for row, _ in rows]
         owners = tuple(owner for _, owner in rows)
+        shared: Any = (None, None) if groups is None else groups.padded(s)
         views = tuple(
             KVView(
                 write_slots=slots,
@@ -242,6 +388,8 @@ class Runner:
                 visible_hi=hi,
                 block_tables=tables,
                 kv_lens=kv_lens,
+                group_starts=None if group.window is not None else shared[0],
+                prefix_lens=None if group.window is not None else shared[1],
             )
             for group in self.spec.groups
         )
@@ -264,8 +412,28 @@ def _return_freed_memory() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def ladder(limits: Limits) -> tuple[Bucket, ...]:
+def _is_decode(plan: StepPlan) -> bool:
+    """Whether every sequence brings one token, to draw the next from."""
+    return all(c.num_tokens == 1 and not c.scores_prompt for c in plan.portions)
+
+
+def _cascade_rule(config: ModelConfig, spec: KVSpec) -> CascadeRule | None:
+    """The rule for the layers that see everything; None for a model that has none.
+
+    A window leaves little to share, and what little it is moves with every token.
+    """
+    group = next((group for group in spec.groups if group.window is None), None)
+    if group is None:
+        return None
+    v_width = config.latent.kv_lora_rank if config.latent else group.v_width
+    state = 4 * config.num_heads * (v_width + 1)
+    return CascadeRule(spec.page_size, spec.layer_bytes(group), state)
+
+
+def ladder(limits: Limits, cascade: bool = False) -> tuple[Bucket, ...]:
     """The programs of an engine: decode by sequences, mixed by tokens, one to score prompts.
+
+    With `cascade`, decode programs of two sequences or more have a twin for shared prefixes.
 
     Powers of two up to the limits, which are themselves the last rungs: nothing is ever padded
     beyond the step's budget.
@@ -276,7 +444,8 @@ def ladder(limits: Limits) -> tuple[Bucket, ...]:
     mixed = [Bucket(n, seqs, seqs, False) for n in _rungs(first, limits.max_num_batched_tokens)]
     scored = limits.max_scored_tokens
     score = [Bucket(scored, seqs, scored, False)] if scored > seqs else []
-    return tuple(sorted([*decode, *mixed, *score]))
+    twins = [dataclasses.replace(b, cascade=True) for b in decode if cascade and b.seqs > 1]
+    return (*sorted([*decode, *mixed, *score]), *twins)
 
 
 def _rungs(first: int, last: int) -> list[int]:
@@ -291,15 +460,17 @@ def _lower_bounds(hi: np.ndarray, window: int | None) -> Any:
     return np.zeros_like(hi) if window is None else np.maximum(0, hi - window)
 
 
-def _rows(chunk: Chunk, first: int) -> list[tuple[int, RowOwner]]:
-    """Query tokens of a chunk whose logits are wanted, and what for."""
-    sequence, last = chunk.sequence, chunk.stop - chunk.start - 1
+def _rows(portion: Portion, first: int) -> list[tuple[int, RowOwner]]:
+    """Query tokens of a portion whose logits are wanted, and what for."""
+    sequence, last = portion.sequence, portion.num_tokens - 1
     rows = []
-    if chunk.scores_prompt:
-        scored = min(chunk.stop, sequence.num_prompt - 1) - chunk.start
-        rows = [(first + i, RowOwner(sequence, False, chunk.start + i + 1)) for i in range(scored)]
-    if chunk.samples:
-        rows.append((first + last, RowOwner(sequence, True, chunk.stop)))
+    if portion.scores_prompt:
+        scored = min(portion.stop, sequence.num_prompt - 1) - portion.start
+        rows = [
+            (first + i, RowOwner(sequence, False, portion.start + i + 1)) for i in range(scored)
+        ]
+    if portion.samples:
+        rows.append((first + last, RowOwner(sequence, True, portion.stop)))
     return rows
 
 
@@ -318,6 +489,7 @@ def _row_request(owner: RowOwner) -> RowRequest:
         active=owner.draws,
         forced_token=-1 if owner.draws else sequence.tokens[owner.position],
         want_logprobs=wants is not None,
+        uses_grammar=owner.draws and sequence.grammar is not None,
     )
 
 

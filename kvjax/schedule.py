@@ -5,62 +5,38 @@ touches the device and never changes a token. A page has one writer: the sequenc
 Others that share it (a fork, a prefix hit) copy it before their first write.
 """
 
-import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 
-from kvjax.cache.pool import PagePool
-from kvjax.cache.radix import RadixTree
+from kvjax.cache.chunks import ChunkStore
+from kvjax.cache.pool import PageLease, PagePool
+from kvjax.cache.radix import Match, RadixTree
 from kvjax.errors import OutOfPages
-from kvjax.sequence import Sequence, Status
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Chunk:
-    """`tokens[start:stop]` of one sequence, computed this step."""
-
-    sequence: Sequence
-    start: int
-    stop: int
-    samples: bool  # the last token's logits give the next token
-    scores_prompt: bool  # every token's logits are wanted (prompt logprobs)
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class StepPlan:
-    """One step. Copies happen before any token is computed; `loads` are seats to be set up."""
-
-    chunks: tuple[Chunk, ...]
-    copies: tuple[tuple[int, int], ...]  # (source page, destination page)
-    loads: tuple[Sequence, ...]
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens computed."""
-        return sum(chunk.stop - chunk.start for chunk in self.chunks)
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Limits:
-    """What one step and one sequence may hold."""
-
-    max_num_seqs: int
-    max_num_batched_tokens: int
-    max_model_len: int
-    max_scored_tokens: int  # rows of a step whose prompt logprobs are wanted
+from kvjax.sequence import Assembled, Sequence, Status
+from kvjax.step_plan import Draft, Limits, Portion, StepPlan
 
 
 class Scheduler:
     """Owns the queues, the seats and the page accounting of one engine."""
 
     def __init__(
-        self, pool: PagePool, tree: RadixTree | None, limits: Limits, clock: Callable[[], float]
+        self,
+        pool: PagePool,
+        tree: RadixTree | None,
+        limits: Limits,
+        clock: Callable[[], float],
+        chunks: ChunkStore | None = None,
+        assemble: Callable[[Sequence, int], Assembled | None] | None = None,
     ) -> None:
+        """`assemble(sequence, exact)` says how stored chunks serve a prompt whose first `exact`
+        tokens were found in the tree."""
         self.pool, self.tree, self.limits, self.clock = pool, tree, limits, clock
+        self.chunks, self.assemble = chunks, assemble
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
         self.only: frozenset[Sequence] | None = None  # while a failure is being narrowed down
         self.num_preemptions = 0
         self._held_up: Sequence | None = None  # the first in the queue that found no room
+        self._staged_due = False  # the first in the queue wants a step for itself
         self._seats = list(range(limits.max_num_seqs - 1, -1, -1))
 
     # ---- queues -----------------------------------------------------------------------------
@@ -97,6 +73,7 @@ class Scheduler:
         sequence.page_ids = []
         sequence.num_computed = 0
         sequence.owns_tail = True
+        sequence.assembly, sequence.reused = None, ()
 
     def fork(self, parent: Sequence, child: Sequence) -> None:
         """Lets `child`, whose tokens start with `parent`'s, share what `parent` has computed.
@@ -109,6 +86,13 @@ class Scheduler:
         self.pool.retain(child.page_ids)
         child.num_computed = computed
         child.owns_tail = False
+        child.assembly = parent.assembly
+
+    def lease(self, count: int) -> PageLease:
+        """Pages for a while, in place of what is only cached if need be. Entering it may raise
+        `OutOfPages`."""
+        self._free(count)
+        return self.pool.lease(count)
 
     def forget(self) -> None:
         """The device lost every page: all sequences start over, the tree is empty."""
@@ -118,6 +102,8 @@ class Scheduler:
             self.release(sequence)
         if self.tree is not None:
             self.tree.clear()
+        if self.chunks is not None:
+            self.chunks.clear()
 
     @property
     def has_work(self) -> bool:
@@ -129,17 +115,26 @@ class Scheduler:
     def plan(self) -> StepPlan:
         """The next step; empty if nothing can run now (results are due, or no pages are free)."""
         self._step_aside()
-        step = _Draft(self.limits.max_num_batched_tokens)
-        for sequence in sorted(self.running, key=lambda s: s.order):
-            if sequence.status is Status.RUNNING:
-                self._continue(sequence, step)
-        self._admit(step)
+        step = Draft(self.limits.max_num_batched_tokens)
+        staged_first, self._staged_due = self._staged_due, False
+        if staged_first:
+            self._admit(step)
+        if step.staged is None:
+            for sequence in sorted(self.running, key=lambda s: s.order):
+                if sequence.status is Status.RUNNING and sequence not in step.starts:
+                    self._continue(sequence, step)
+            if not staged_first:
+                self._admit(step)
         # Only now: a hit in the same step would copy a partial page before it is written.
-        for chunk in step.chunks:
-            if chunk.start < chunk.sequence.num_prompt:
-                self._remember(chunk.sequence)
-                self._fork_branches(chunk)
-        return StepPlan(tuple(step.chunks), tuple(step.copies), tuple(step.loads))
+        for portion in step.portions:
+            if portion.start < portion.sequence.num_prompt:
+                self._remember(portion.sequence)
+                self._fork_branches(portion)
+        self.pool.release(step.held)
+        return StepPlan(
+            tuple(step.portions), tuple(step.copies), tuple(step.loads), tuple(step.moves),
+            step.staged,
+        )  # fmt: skip
 
     def _step_aside(self) -> None:
         """Takes seats from those who must not run now, or from one less urgent than who waits."""
@@ -154,10 +149,10 @@ class Scheduler:
             if last.request.params.priority > held_up.request.params.priority:
                 self.preempt(last)
 
-    def _fork_branches(self, chunk: Chunk) -> None:
+    def _fork_branches(self, portion: Portion) -> None:
         """Queues the other branches of a request (n > 1) once the first has computed the prompt."""
-        first = chunk.sequence
-        if first.is_first and chunk.stop >= first.num_prompt:
+        first = portion.sequence
+        if first.is_first and portion.stop >= first.num_prompt:
             for child in first.request.sequences[1:]:
                 if child.status is Status.DORMANT:
                     self.fork(first, child)
@@ -166,7 +161,7 @@ class Scheduler:
     def _allowed(self, sequence: Sequence) -> bool:
         return self.only is None or sequence in self.only
 
-    def _continue(self, sequence: Sequence, step: "_Draft") -> None:
+    def _continue(self, sequence: Sequence, step: Draft) -> None:
         """Plans the next tokens of a running sequence, preempting others for pages if need be."""
         todo = self._todo(sequence, step)
         if todo == 0:
@@ -180,9 +175,9 @@ class Scheduler:
                 return
         self._take(sequence, todo, step)
 
-    def _todo(self, sequence: Sequence, step: "_Draft") -> int:
+    def _todo(self, sequence: Sequence, step: Draft) -> int:
         """Tokens of `sequence` that this step can compute: what is known, or one on the device."""
-        known = len(sequence.tokens) - sequence.num_computed
+        known = len(sequence.tokens) - sequence.num_computed - _reused_ahead(sequence)
         if known <= 0:
             due = sequence.num_output + sequence.num_pending
             length = len(sequence.tokens) + sequence.num_pending
@@ -196,7 +191,7 @@ class Scheduler:
         room = self.limits.max_scored_tokens - step.num_tokens
         return max(0, min(known, step.budget, room))
 
-    def _admit(self, step: "_Draft") -> None:
+    def _admit(self, step: Draft) -> None:
         """Starts waiting sequences in order, while seats, budget and pages last."""
         for sequence in list(self.waiting):
             if not self._allowed(sequence) or sequence.num_pending:
@@ -213,13 +208,21 @@ class Scheduler:
                 self._held_up = sequence
                 return  # a smaller one behind must not overtake for ever
             self._start(sequence, step)
+            if sequence.assembly is not None and sequence.assembly.staged is not None:
+                step.staged = sequence
+                return
             self._take(sequence, todo, step)
 
-    def _seat_and_room(self, sequence: Sequence, step: "_Draft") -> int:
+    def _seat_and_room(self, sequence: Sequence, step: Draft) -> int:
         """Tokens of a waiting sequence that this step can compute, and pages for them; or 0."""
         if not self._seats:
             return 0
         matched = not sequence.page_ids and self._match(sequence)
+        staged = sequence.assembly is not None and sequence.assembly.staged is not None
+        if matched and staged and step.starts:
+            self.release(sequence)
+            self._staged_due = True
+            return 0
         todo = self._first_room(sequence, step)
         if not todo and not self.running and self._reclaim_waiting(sequence):
             todo = self._first_room(sequence, step)
@@ -229,13 +232,19 @@ class Scheduler:
                 todo = self._first_room(sequence, step)
         return todo
 
-    def _first_room(self, sequence: Sequence, step: "_Draft") -> int:
+    def _first_room(self, sequence: Sequence, step: Draft) -> int:
         """Gets pages for the first tokens, provided that all that are known would fit."""
-        todo = self._todo(sequence, step)
         whole = len(sequence.tokens) - sequence.num_computed
+        if sequence.reused or (sequence.assembly is not None and sequence.assembly.moves):
+            # What is moved needs its pages at once.
+            if not self._make_room(sequence, whole, step):
+                return 0
+            self._skip_reused(sequence)
+            return self._todo(sequence, step)
+        todo = self._todo(sequence, step)
         return todo if todo and self._make_room(sequence, whole, step, take=todo) else 0
 
-    def _start(self, sequence: Sequence, step: "_Draft") -> None:
+    def _start(self, sequence: Sequence, step: Draft) -> None:
         """Moves a waiting sequence to a seat."""
         self.waiting.remove(sequence)
         self.running.append(sequence)
@@ -244,30 +253,53 @@ class Scheduler:
         request = sequence.request
         if request.metrics.first_scheduled_time is None:
             request.metrics.first_scheduled_time = self.clock()
-            request.num_cached_tokens = sequence.num_computed
+            request.num_cached_tokens = sequence.num_computed + _reused_ahead(sequence)
         if request.params.needs_seat_features:
             step.loads.append(sequence)
+        if sequence.assembly is not None:
+            request.report = sequence.assembly.report
+            for move in sequence.assembly.moves:
+                step.moves.append((sequence, move))
+                self.pool.retain(move.variant.page_ids)  # nobody else gets them within this step
+                step.held += move.variant.page_ids
 
-    def _take(self, sequence: Sequence, todo: int, step: "_Draft") -> None:
+    def _take(self, sequence: Sequence, todo: int, step: Draft) -> None:
         """Commits to computing `todo` tokens. Pages are there already."""
-        start, stop = sequence.num_computed, sequence.num_computed + todo
+        start = stop = sequence.num_computed
+        skipped, left = [], todo
+        for a, b in (*sequence.reused, (len(sequence.tokens) + 1, 0)):
+            if a < stop:
+                continue
+            taken = min(left, a - stop)
+            stop, left = stop + taken, left - taken
+            if not left:
+                break
+            skipped.append((a, b))
+            stop = b
         last = stop >= len(sequence.tokens)
         scores = _scores_prompt(sequence)
         samples = last and sequence.request.samples
-        step.chunks.append(Chunk(sequence, start, stop, samples, scores))
+        step.portions.append(Portion(sequence, start, stop, samples, scores, tuple(skipped)))
         step.starts[sequence] = start
         step.num_tokens += todo
         step.budget -= todo
         if scores:
             step.budget = min(step.budget, self.limits.max_scored_tokens - step.num_tokens)
         sequence.num_computed = stop
+        self._skip_reused(sequence)
         if samples:
             sequence.num_pending += 1
+
+    def _skip_reused(self, sequence: Sequence) -> None:
+        """Goes on to the first token whose KV is neither there nor planned."""
+        for a, b in sequence.reused:
+            if a <= sequence.num_computed < b:
+                sequence.num_computed = b
 
     # ---- pages ------------------------------------------------------------------------------
 
     def _make_room(
-        self, sequence: Sequence, needed: int, step: "_Draft", take: int | None = None
+        self, sequence: Sequence, needed: int, step: Draft, take: int | None = None
     ) -> bool:
         """Gets pages for the next `take` tokens if those for all `needed` could be had."""
         size, have = self.pool.page_size, len(sequence.page_ids)
@@ -299,20 +331,33 @@ class Scheduler:
         missing = count - self.pool.num_free
         if missing > 0 and self.tree is not None:
             self.tree.evict(missing)
+        while (missing := count - self.pool.num_free) > 0 and self.chunks is not None:
+            if not self.chunks.evict(missing):
+                break
+            if self.tree is not None:  # whose prefixes may share the chunks' pages
+                self.tree.evict(count - self.pool.num_free)
         return count <= self.pool.num_free
 
     def _match(self, sequence: Sequence) -> bool:
-        """Takes over the longest cached prefix, if any. The last token is always computed."""
+        """Takes over the longest cached prefix, and what stored chunks serve behind it. The last
+        token is always computed."""
         request = sequence.request
-        if (
-            self.tree is None
-            or request.params.skip_reading_prefix_cache
-            or _scores_prompt(sequence)
-        ):
+        if _scores_prompt(sequence):
             return False
-        match = self.tree.match(request.namespace, sequence.tokens[: len(sequence.tokens) - 1])
-        if match.num_tokens == 0:
-            return False
+        known = sequence.tokens[: len(sequence.tokens) - 1]
+        match = None
+        if self.tree is not None and not request.params.skip_reading_prefix_cache:
+            match = self.tree.match(request.namespace, known)
+        if self.assemble is not None and request.chunk_spans:
+            exact = 0 if match is None else match.num_tokens
+            if (assembly := self.assemble(sequence, exact)) is not None:
+                sequence.assembly = assembly
+                again = self._match_lineage(sequence, assembly.lineage)
+                if again is not None:
+                    match, sequence.assembly = again, assembly.found()
+                sequence.reused = sequence.assembly.reused
+        if match is None or match.num_tokens == 0:
+            return sequence.assembly is not None
         sequence.page_ids = list(match.page_ids)
         self.pool.retain(sequence.page_ids)
         # No lock on the node: what is retained is not evicted, and the rest of it may go.
@@ -320,26 +365,44 @@ class Scheduler:
         sequence.owns_tail = False
         return True
 
+    def _match_lineage(self, sequence: Sequence, lineage: str) -> Match | None:
+        """The whole prompt, if the same plan has computed it before."""
+        params, wanted = sequence.request.params, sequence.num_prompt - 1
+        if self.tree is None or lineage == "exact" or params.skip_reading_prefix_cache:
+            return None
+        known = sequence.tokens[: len(sequence.tokens) - 1]
+        match = self.tree.match((params.cache_salt, lineage), known)
+        return match if match.num_tokens >= wanted else None
+
     def _remember(self, sequence: Sequence) -> None:
-        """Offers what is computed of the known tokens to the tree."""
+        """Offers what is computed of the known tokens to the tree: what is exact in the namespace
+        of all, what depends on a reuse plan in one of that plan's own."""
         computed = min(sequence.num_computed, len(sequence.tokens))
         if self.tree is None or computed == 0 or not sequence.page_ids:
             return
-        count = -(-computed // self.pool.page_size)
-        self.tree.insert(
-            sequence.request.namespace, sequence.tokens[:computed], sequence.page_ids[:count]
-        )
+        namespace, assembly = sequence.request.namespace, sequence.assembly
+        if assembly is not None and assembly.lineage != "exact" and computed > assembly.exact_end:
+            self._insert(sequence, (namespace[0], assembly.lineage), computed)
+            computed = assembly.exact_end
+        self._insert(sequence, namespace, computed)
 
-    def _shares_with_prefill(self, sequence: Sequence, step: "_Draft") -> bool:
+    def _insert(self, sequence: Sequence, namespace: Hashable, computed: int) -> None:
+        count = -(-computed // self.pool.page_size)
+        assert self.tree is not None
+        self.tree.insert(namespace, sequence.tokens[:computed], sequence.page_ids[:count])
+
+    def _shares_with_prefill(self, sequence: Sequence, step: Draft) -> bool:
         """Whether a running prefill computes, now or soon, a prefix that `sequence` could reuse."""
         params, size = sequence.request.params, self.pool.page_size
         if self.tree is None or sequence.page_ids or params.skip_reading_prefix_cache:
             return False
-        if _scores_prompt(sequence):
+        if _scores_prompt(sequence) or sequence.request.chunk_spans:
             return False
         head = sequence.tokens[:size]
         for other in self.running:
             start = step.starts.get(other, other.num_computed)
+            if other.assembly is not None:
+                continue
             if start >= other.num_prompt or other.tokens[:size] != head:
                 continue
             if other.request.namespace != sequence.request.namespace:
@@ -417,18 +480,6 @@ class Scheduler:
                 assert self.pool.ref_count(page) > 0, page
 
 
-class _Draft:
-    """A step being put together: what is left to give away, and what is taken."""
-
-    def __init__(self, budget: int) -> None:
-        self.budget, self.num_tokens = budget, 0
-        self.chunks: list[Chunk] = []
-        self.copies: list[tuple[int, int]] = []
-        self.loads: list[Sequence] = []
-        self.starts: dict[Sequence, int] = {}
-        self.deferred = 0
-
-
 def _scores_prompt(sequence: Sequence) -> bool:
     """Whether logits of prompt tokens are still wanted."""
     request = sequence.request
@@ -438,3 +489,9 @@ def _scores_prompt(sequence: Sequence) -> bool:
         and sequence.num_computed < sequence.num_prompt
         and sequence.num_output == 0
     )
+
+
+def _reused_ahead(sequence: Sequence) -> int:
+    """Tokens behind `num_computed` whose KV is moved there, not computed."""
+    return sum(b - max(a, sequence.num_computed) for a, b in sequence.reused
+               if b > sequence.num_computed)  # fmt: skip

@@ -9,8 +9,10 @@ Intervals of a sequence's tokens, left to right:
 
 import dataclasses
 import enum
-from collections.abc import Hashable
-from typing import Protocol
+from collections.abc import Sequence as Seq
+from typing import Any, Protocol, Self
+
+import numpy as np
 
 from kvjax.errors import KVJaxError
 from kvjax.request import FinishReason, PositionLogprobs, RequestMetrics, SamplingParams
@@ -33,6 +35,61 @@ class TextSink(Protocol):
         ...
 
 
+class Assembled(Protocol):
+    """How stored chunks serve a prompt (`kvjax.reuse.assemble.Assembly`)."""
+
+    @property
+    def moves(self) -> Seq[Any]:
+        """Stored KV that is moved into the sequence's own pages."""
+        ...
+
+    @property
+    def reused(self) -> tuple[tuple[int, int], ...]:
+        """Spans that no ordinary step computes."""
+        ...
+
+    @property
+    def staged(self) -> Any:
+        """The stages of a prefill that chooses its rows on the device; None without."""
+        ...
+
+    @property
+    def exact_end(self) -> int:
+        """Tokens before it are as exact as a full prefill."""
+        ...
+
+    @property
+    def lineage(self) -> str:
+        """Either "exact", or what everything behind depends on."""
+        ...
+
+    @property
+    def report(self) -> Any:
+        """What becomes of each token."""
+        ...
+
+    def found(self) -> Self:
+        """The same once its result is found in the cache: nothing is left to do."""
+        ...
+
+
+class GrammarMatcher(Protocol):
+    """What a sequence's tokens must match (`kvjax.grammar.Matcher`)."""
+
+    @property
+    def complete(self) -> bool:
+        """Whether nothing can follow."""
+        ...
+
+    def mask(self) -> np.ndarray:
+        """Tokens that may come next, as bits: i32[ceil(vocab / 32)]."""
+        ...
+
+    def accept(self, token: int) -> bool:
+        """Takes the token that came; False if it is not allowed."""
+        ...
+
+
 @dataclasses.dataclass(eq=False, slots=True)
 class Request:
     """One call of the user: a prompt, its parameters, and one sequence per branch."""
@@ -50,9 +107,12 @@ class Request:
     num_cached_tokens: int = 0
     error: KVJaxError | None = None
     samples: bool = True  # False: only the prompt's KV is wanted
+    chunk_spans: tuple[tuple[int, int], ...] = ()  # of the prompt; () also if nothing is reused
+    strategy: Any = None  # `kvjax.reuse.Strategy` for them
+    report: Any = None  # `kvjax.reuse.report.ReuseReport`, once scheduled
 
     @property
-    def namespace(self) -> Hashable:
+    def namespace(self) -> tuple[str | None, str]:
         """Which cached pages are valid for it: the tenant's salt, and exact lineage only."""
         return (self.params.cache_salt, "exact")
 
@@ -74,11 +134,14 @@ class Sequence:
     num_computed: int = 0
     num_pending: int = 0
     owns_tail: bool = True  # False: the last, partial page is shared and copied before a write
+    assembly: Assembled | None = None  # how stored chunks came into its pages
+    reused: tuple[tuple[int, int], ...] = ()  # spans that are moved or staged, not computed
     seat: int | None = None
     status: Status = Status.DORMANT
     keeps_pages: bool = False  # parked, not released, when finished
     end_token_ids: tuple[int, ...] = ()
     text: TextSink | None = None
+    grammar: GrammarMatcher | None = None
     logprobs: list[PositionLogprobs] | None = None
     cumulative_logprob: float = 0.0
     finish_reason: FinishReason | None = None

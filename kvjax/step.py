@@ -40,9 +40,18 @@ class Bucket:
     seqs: int  # S
     rows: int  # L
     decode: bool  # every sequence brings one token
+    cascade: bool = False  # what sequences share is read once for them
 
     def __str__(self) -> str:
-        kind = "decode" if self.decode else "score" if self.rows == self.tokens else "mixed"
+        kind = (
+            "cascade"
+            if self.cascade
+            else "decode"
+            if self.decode
+            else "score"
+            if self.rows == self.tokens
+            else "mixed"
+        )
         return f"{kind}{self.tokens}"
 
 
@@ -53,7 +62,7 @@ class StepLayout:
         self, bucket: Bucket, spec: KVSpec, pages_per_seq: int, arguments: Mapping[str, float]
     ) -> None:
         self.bucket, self.arguments = bucket, dict(arguments)
-        self._template = _template(bucket, len(spec.groups), pages_per_seq, arguments)
+        self._template = _template(bucket, spec, pages_per_seq, arguments)
         leaves, self._tree = jax.tree.flatten(self._template)
         self._shapes = [leaf.shape for leaf in leaves]
         self._dtypes = [leaf.dtype for leaf in leaves]
@@ -87,7 +96,7 @@ class StepLayout:
 
 
 def _template(
-    bucket: Bucket, num_groups: int, pages_per_seq: int, arguments: Mapping[str, float]
+    bucket: Bucket, spec: KVSpec, pages_per_seq: int, arguments: Mapping[str, float]
 ) -> StepBatch:
     """A batch of the right shapes; padding everywhere."""
     t, s, rows = bucket.tokens, bucket.seqs, bucket.rows
@@ -98,13 +107,18 @@ def _template(
         block_tables=ints(s, pages_per_seq),
         kv_lens=ints(s),
     )
+    grouped = view
+    if bucket.cascade:
+        grouped = dataclasses.replace(
+            view, group_starts=ints(s + 1, padding=s), prefix_lens=ints(s)
+        )
     return StepBatch(
         tokens=ints(t),
         token_source=ints(t, padding=-1),
         positions=ints(t),
         query_starts=ints(s + 1),
         logits_rows=ints(rows),
-        views=(view,) * num_groups,
+        views=tuple(view if group.window is not None else grouped for group in spec.groups),
         sampling=pack_rows((), rows, 0, arguments),
     )
 

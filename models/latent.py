@@ -11,10 +11,10 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from kvjax.cache.pages import KVView
-from kvjax.models.layers import Linear, RMSNorm
+from kvjax.models.layers import Linear, RMSNorm, attend
 from kvjax.models.loading import Loader
 from kvjax.models.rope import rotate
-from kvjax.pallas_kernels import Pages, paged_attention, write_slots
+from kvjax.pallas_kernels import Pages, write_slots
 
 _LATENT_NORM_EPS = 1e-6  # of the norms on latents, whatever the configuration says of the others
 
@@ -64,23 +64,27 @@ class LatentAttention(nnx.Module):
         max_query_len: int | None,
     ) -> tuple[Array, Pages]:
         """Writes the tokens' latents to their slots, then attends. Consumes `pages`."""
-        tokens = x.shape[0]
+        q, latent, _ = self.project(x, cos_sin)
+        pages = write_slots(pages, latent, None, view.write_slots)
+        out = attend(
+            q, pages, query_starts, view, scale=self.scale, value_width=self.rank,
+            max_query_len=max_query_len,
+        )  # fmt: skip
+        out = _per_head(out, self.absorb_v[...])
+        return self.o(out.reshape(x.shape[0], -1)), pages
+
+    def project(
+        self, x: Float[Array, "tokens hidden"], cos_sin: Float[Array, "tokens 2 half"]
+    ) -> tuple[Array, Array, None]:
+        """Queries in the latent space `[tokens, heads, rank + rope]`, and what is stored."""
         q = self.q(x if self.q_a is None or self.q_a_norm is None else self.q_a_norm(self.q_a(x)))
         q_rope = rotate(q[..., self.nope :], cos_sin, interleaved=self.interleaved)
         q_latent = _per_head(q[..., : self.nope], self.absorb_k[...].swapaxes(1, 2))
         kv = self.kv_a(x)
         k_rope = rotate(kv[:, None, self.rank :], cos_sin, interleaved=self.interleaved)
         latent = self.kv_a_norm(kv[:, : self.rank])[:, None]
-        pages = write_slots(
-            pages, jnp.concatenate([latent, k_rope], axis=-1), None, view.write_slots
-        )
-        out = paged_attention(
-            jnp.concatenate([q_latent, q_rope], axis=-1), pages, view.block_tables, query_starts,
-            view.kv_lens, view.visible_lo, view.visible_hi, scale=self.scale,
-            tail_mask=view.tail_mask, value_width=self.rank, max_query_len=max_query_len,
-        )  # fmt: skip
-        out = _per_head(out, self.absorb_v[...])
-        return self.o(out.reshape(tokens, -1)), pages
+        q = jnp.concatenate([q_latent, q_rope], axis=-1)
+        return q, jnp.concatenate([latent, k_rope], axis=-1), None
 
 
 def _per_head(x: Array, w: Array) -> Array:

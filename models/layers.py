@@ -4,6 +4,7 @@ Hidden states are float32 `[tokens, hidden]`; matrices are `[..., in]` in the we
 """
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,7 @@ from kvjax.pallas_kernels import (
     Activation,
     Pages,
     Panels,
+    cascade_attention,
     gate,
     gated_linear,
     linear,
@@ -136,6 +138,19 @@ class Attention(nnx.Module):
         max_query_len: int | None,
     ) -> tuple[Array, Pages]:
         """Writes the tokens' KV to their slots, then attends. Consumes `pages`."""
+        q, k, v = self.project(x, cos_sin)
+        tokens, kv_heads, d = k.shape
+        write_and_attend = partial(_write_and_attend, scale=self.scale, soft_cap=self.soft_cap,
+                                   max_query_len=max_query_len)  # fmt: skip
+        out, pages = _over_heads(self.sharding, write_and_attend, kv_heads)(
+            q, k, v, pages, query_starts, view
+        )
+        return self.o(out.reshape(tokens, kv_heads, self.group * d)), pages
+
+    def project(
+        self, x: Float[Array, "tokens hidden"], cos_sin: Float[Array, "tokens 2 half"]
+    ) -> tuple[Array, Array, Array | None]:
+        """Queries `[tokens, q_heads, d]`, and keys and values as they are stored."""
         qkv = self.qkv(x)  # [tokens, kv_heads, group + 2, d]
         tokens, kv_heads, _, d = qkv.shape
         if self.q_norm is not None and self.k_norm is not None:
@@ -146,13 +161,7 @@ class Attention(nnx.Module):
         if self.rotates:
             qk = rotate(qk, cos_sin)  # queries and keys in one operation
         q = qk[:, :, : self.group].reshape(tokens, kv_heads * self.group, d)
-        k, v = qk[:, :, self.group], qkv[:, :, self.group + 1]
-        attend = partial(_write_and_attend, scale=self.scale, soft_cap=self.soft_cap,
-                         max_query_len=max_query_len)  # fmt: skip
-        out, pages = _over_heads(self.sharding, attend, kv_heads)(
-            q, k, v, pages, query_starts, view
-        )
-        return self.o(out.reshape(tokens, kv_heads, self.group * d)), pages
+        return q, qk[:, :, self.group], qkv[:, :, self.group + 1]
 
 
 class OutputProjection(nnx.Module):
@@ -193,11 +202,22 @@ def _write_and_attend(
     q, k, v, pages, query_starts, view: KVView, *, scale, soft_cap, max_query_len
 ) -> tuple[Array, Pages]:
     pages = write_slots(pages, k, v, view.write_slots)
-    out = paged_attention(
-        q, pages, view.block_tables, query_starts, view.kv_lens, view.visible_lo, view.visible_hi,
-        scale=scale, soft_cap=soft_cap, tail_mask=view.tail_mask, max_query_len=max_query_len,
-    )  # fmt: skip
+    out = attend(
+        q, pages, query_starts, view, scale=scale, soft_cap=soft_cap, max_query_len=max_query_len
+    )
     return out, pages
+
+
+def attend(q: Array, pages: Pages, query_starts: Array, view: KVView, **options: Any) -> Array:
+    """Attention over a view: as a cascade where it says who shares a prefix."""
+    arguments = (q, pages, view.block_tables, query_starts, view.kv_lens, view.visible_lo,
+                 view.visible_hi)  # fmt: skip
+    if view.group_starts is None or view.prefix_lens is None:
+        return paged_attention(*arguments, tail_mask=view.tail_mask, **options)
+    return cascade_attention(
+        *arguments, group_starts=view.group_starts, prefix_lens=view.prefix_lens,
+        tail_mask=view.tail_mask, **options,
+    )  # fmt: skip
 
 
 def _over_heads(sharding: Sharding, fn, kv_heads: int):

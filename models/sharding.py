@@ -41,10 +41,15 @@ class Sharding:
         """`NamedSharding` for `jax.device_put`, or None without a mesh."""
         return None if self.mesh is None else NamedSharding(self.mesh, self.spec(axes, shape))
 
-    def pages(self, shape: tuple[int, ...]) -> NamedSharding:
-        """Where a pool `[pages, kv_heads, page_size, ..]` lies; one head (latent) is whole."""
+    @property
+    def ways(self) -> int:
+        """Devices that the KV heads are split over."""
+        return 1 if self.mesh is None else self.mesh.shape.get(dict(self.table)["kv_heads"], 1)
+
+    def pages(self, shape: tuple[int, ...], kv_heads: int) -> NamedSharding:
+        """Where a pool `[pages, kv_heads (or rows of scales), ..]` lies; one head is whole."""
         assert self.mesh is not None
-        axes = (None, "kv_heads" if shape[1] > 1 else None, *(None,) * (len(shape) - 2))
+        axes = (None, "kv_heads" if kv_heads > 1 else None, *(None,) * (len(shape) - 2))
         return NamedSharding(self.mesh, self.spec(axes, shape))
 
     def replicate(self, x: jax.Array) -> jax.Array:

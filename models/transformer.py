@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from kvjax.cache.pages import KVGroup, KVKind, KVPages, KVSpec, KVView
+from kvjax.cache.pages import KVGroup, KVKind, KVPages, KVSpec, KVView, PageLayout
 from kvjax.models.config import ModelConfig, RopeConfig
 from kvjax.models.latent import LatentAttention
 from kvjax.models.layers import MLP, Attention, Linear, RMSNorm
@@ -133,6 +133,43 @@ class Transformer(nnx.Module):
             )
         return hidden, KVPages(tuple(out)), tuple(kept)
 
+    def project(
+        self,
+        layer: int,
+        hidden: Float[Array, "tokens hidden"],
+        positions: Int[Array, " tokens"],
+    ) -> tuple[Array, Array, Array | None]:
+        """Queries of `layer`, and its keys and values as they are stored, of the hidden states
+        that enter it: what scores look at, and what restores KV from hidden states."""
+        block = self.blocks[layer]
+        turn = self._rope_of(layer)[positions]
+        return block.attention.project(block.before_attention(hidden), turn)
+
+    def turn(
+        self, layer: int, shifts: Int[Array, " tokens"]
+    ) -> tuple[Float[Array, "tokens half"], Float[Array, "tokens half"], int]:
+        """Cosines and sines that move stored keys of `layer` by `shifts` positions, and the first
+        channel they turn: what `reposition` takes.
+
+        From the float64 table of positions, where `R(-n)` is the transpose of `R(n)`. An amplitude
+        of that table (YaRN, longrope) is in the stored keys already, and is divided out.
+        """
+        c = self.config
+        table = self._rope_of(layer)
+        offset = c.latent.kv_lora_rank if c.latent else 0
+        if not c.rotates(layer):
+            no_turn = jnp.ones((shifts.shape[0], table.shape[2]), table.dtype)
+            return no_turn, jnp.zeros_like(no_turn), offset
+        amplitude = table[0, 0, 0]  # cos(0) times it
+        turn = table[jnp.abs(shifts)] / amplitude
+        return turn[:, 0], turn[:, 1] * jnp.sign(shifts)[:, None].astype(table.dtype), offset
+
+    def _rope_of(self, layer: int) -> Array:
+        """The rotary table of a layer: sliding layers may have a base of their own."""
+        if self.local_rope is not None and self.config.window(layer) is not None:
+            return self.local_rope[...]
+        return self.rope[...]
+
     def head(self, hidden: Float[Array, "rows hidden"]) -> Float[Array, "rows vocab"]:
         """Float32 logits."""
         with jax.named_scope("head"):
@@ -153,7 +190,9 @@ def _run_layer(graph, max_query_len, weights, hidden, pages, cos_sin, query_star
     return nnx.merge(graph, weights)(hidden, pages, cos_sin, query_starts, view, max_query_len)
 
 
-def kv_spec(config: ModelConfig, dtype: str, page_size: int) -> KVSpec:
+def kv_spec(
+    config: ModelConfig, dtype: str, page_size: int, layout: PageLayout = "split", shards: int = 1
+) -> KVSpec:
     """What `config` keeps per token: one group of full (or latent) layers, one per window size."""
     by_window: dict[int | None, list[int]] = {}
     for layer in range(config.num_layers):
@@ -169,4 +208,4 @@ def kv_spec(config: ModelConfig, dtype: str, page_size: int) -> KVSpec:
             KVGroup(kind=kind, layers=tuple(layers), num_kv_heads=heads, k_width=k_width,
                     v_width=v_width, dtype=dtype, window=window)
         )  # fmt: skip
-    return KVSpec(groups=tuple(groups), page_size=page_size)
+    return KVSpec(groups=tuple(groups), page_size=page_size, layout=layout, shards=shards)

@@ -6,7 +6,12 @@ order; a query token attends to the *indices* in `[visible_lo, visible_hi)` of i
 """
 
 from kvjax.pallas_kernels.attention_mass import AttentionMass, attention_mass
-from kvjax.pallas_kernels.cascade_attention import CascadePlan, cascade_attention, plan_cascade
+from kvjax.pallas_kernels.cascade_attention import (
+    CascadePlan,
+    cascade_attention,
+    cascade_refusal,
+    plan_cascade,
+)
 from kvjax.pallas_kernels.checks import checked
 from kvjax.pallas_kernels.dispatch import OPERATIONS, Operation
 from kvjax.pallas_kernels.linear import (
@@ -52,6 +57,7 @@ __all__ = [
     "Panels",
     "attention_mass",
     "cascade_attention",
+    "cascade_refusal",
     "checked",
     "copy_pages",
     "empty_pool",

@@ -17,7 +17,16 @@ namespace kvjax {
 
 namespace ffi = xla::ffi;
 
-constexpr int kLanes = 16;  // 32-bit numbers in a vector
+// 32-bit numbers in a vector: what a register holds. Vectors that are wider compile to code that is
+// ten times slower.
+#if defined(__AVX512F__)
+constexpr int kLanes = 16;
+#elif defined(__AVX__)
+constexpr int kLanes = 8;
+#else
+constexpr int kLanes = 4;
+#endif
+using AllLanes = std::make_integer_sequence<int, kLanes>;
 typedef float Vec __attribute__((vector_size(4 * kLanes)));
 typedef int32_t IntVec __attribute__((vector_size(4 * kLanes)));
 
@@ -35,7 +44,7 @@ inline void Store(void* p, V v) {
 
 inline Vec Splat(float x) { return Vec{} + x; }
 
-// The first `count` numbers at `p`, sixteen at most, with zeros behind them.
+// The first `count` numbers at `p`, a vector at most, with zeros behind them.
 inline Vec Numbers(const float* p, int64_t count) {
   if (count >= kLanes) return Load(p);
   Vec v = {};

@@ -21,7 +21,7 @@ COMPILERS = ("c++", "g++", "clang++")
 _FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-ffp-contract=fast", "-w",
           "-fPIC", "-shared")  # fmt: skip
 _SECONDS = 120  # for one compilation
-_SHARED = Path(__file__).with_suffix(".h")  # what the sources include
+_HEADERS = Path(__file__).parent  # what the sources include lies here or beside them
 
 folder = Path.home() / ".cache" / "kvjax" / "native"  # of compiled files; an engine names its own
 
@@ -74,7 +74,7 @@ def _compile(source: Path, compiler: str, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
         built = Path(scratch) / target.name
-        include = ("-I", jax.ffi.include_dir(), "-I", str(_SHARED.parent))
+        include = ("-I", jax.ffi.include_dir(), "-I", str(_HEADERS))
         subprocess.run(
             [compiler, *_FLAGS, *include, str(source), "-o", str(built)],
             check=True, capture_output=True, text=True, timeout=_SECONDS,
@@ -87,7 +87,8 @@ def _key(source: Path, compiler: str) -> str:
     told = subprocess.run(
         [compiler, "--version"], check=True, capture_output=True, timeout=_SECONDS
     ).stdout
-    digest = hashlib.sha256(source.read_bytes() + _SHARED.read_bytes() + told)
+    headers = sorted([*_HEADERS.glob("*.h"), *source.parent.glob("*.h")])
+    digest = hashlib.sha256(b"\0".join([told, *(path.read_bytes() for path in (source, *headers))]))
     for part in (*_FLAGS, version("jaxlib"), platform.machine(), _processor()):
         digest.update(part.encode() + b"\0")
     return digest.hexdigest()[:16]

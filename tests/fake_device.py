@@ -20,8 +20,8 @@ from kvjax.decode import SampleOutput
 from kvjax.engine import Engine
 from kvjax.intake import Intake
 from kvjax.runner import Dispatched, Runner, _rows, ladder
-from kvjax.schedule import Limits, StepPlan
 from kvjax.sequence import Request, Sequence, Status
+from kvjax.step_plan import Limits, StepPlan
 from tests.tiny_model import LetterTokenizer
 
 PAGE, NUM_LETTERS, END = 4, 4, 0
@@ -63,7 +63,9 @@ class FakeRunner:
 
     _bucket = Runner._bucket
 
-    def __init__(self, model: Any, spec: Any, num_pages: int, limits: Limits) -> None:
+    def __init__(
+        self, model: Any, spec: Any, num_pages: int, limits: Limits, cascade: bool
+    ) -> None:
         self.limits, self.num_pages = limits, num_pages
         self.pool = PagePool(num_pages, PAGE)  # the engine's, once there is one
         self.buckets = ladder(limits)
@@ -113,17 +115,17 @@ class FakeRunner:
         self.in_flight = [other for other in self.in_flight if other is not plan]
 
     def _check_limits(self, plan: StepPlan) -> None:
-        limits, chunks = self.limits, plan.chunks
+        limits, portions = self.limits, plan.portions
         assert 0 < plan.num_tokens <= limits.max_num_batched_tokens
-        assert len(chunks) <= limits.max_num_seqs
-        assert len({id(c.sequence) for c in chunks}) == len(chunks)
-        assert len({c.sequence.seat for c in chunks}) == len(chunks)
-        for chunk in chunks:
-            sequence = chunk.sequence
+        assert len(portions) <= limits.max_num_seqs
+        assert len({id(c.sequence) for c in portions}) == len(portions)
+        assert len({c.sequence.seat for c in portions}) == len(portions)
+        for portion in portions:
+            sequence = portion.sequence
             assert sequence.status is Status.RUNNING
             assert sequence.seat is not None
-            assert 0 <= chunk.start < chunk.stop <= limits.max_model_len
-            assert len(sequence.page_ids) == -(-chunk.stop // PAGE)
+            assert 0 <= portion.start < portion.stop <= limits.max_model_len
+            assert len(sequence.page_ids) == -(-portion.stop // PAGE)
             if sequence.request.params.needs_seat_features:
                 assert self.loaded[sequence.seat] is sequence
 
@@ -145,20 +147,20 @@ class FakeRunner:
     def _write(self, plan: StepPlan) -> None:
         written: set[int] = set()
         self.before = dict(self.slots)
-        for chunk in plan.chunks:
-            sequence, known = chunk.sequence, len(chunk.sequence.tokens)
-            assert chunk.stop <= known + 1
-            tokens = truth(sequence, chunk.stop)
-            if chunk.stop > known:
+        for portion in plan.portions:
+            sequence, known = portion.sequence, len(portion.sequence.tokens)
+            assert portion.stop <= known + 1
+            tokens = truth(sequence, portion.stop)
+            if portion.stop > known:
                 assert sequence.seat is not None
                 assert self.last_tokens[sequence.seat] == tokens[-1], "another one's last token"
-            for index in range(chunk.start, chunk.stop):
+            for index in range(portion.start, portion.stop):
                 slot = sequence.page_ids[index // PAGE] * PAGE + index % PAGE
                 assert slot not in written, "a slot is written twice in one step"
                 written.add(slot)
                 self._check_sharing(sequence, slot)
                 self.slots[slot] = content(sequence.request, tokens[: index + 1])
-            self.num_computed += chunk.stop - chunk.start
+            self.num_computed += portion.stop - portion.start
         self.written = written
 
     def _check_sharing(self, sequence: Sequence, slot: int) -> None:
@@ -180,20 +182,20 @@ class FakeRunner:
         return pages
 
     def _read(self, plan: StepPlan) -> None:
-        """Each query sees slots written before this step, or by its own chunk."""
-        for chunk in plan.chunks:
-            tokens = truth(chunk.sequence, chunk.stop)
-            for index in range(chunk.stop):
-                slot = chunk.sequence.page_ids[index // PAGE] * PAGE + index % PAGE
-                slots = self.slots if index >= chunk.start else self.before
-                expected = content(chunk.sequence.request, tokens[: index + 1])
+        """Each query sees slots written before this step, or by its own portion."""
+        for portion in plan.portions:
+            tokens = truth(portion.sequence, portion.stop)
+            for index in range(portion.stop):
+                slot = portion.sequence.page_ids[index // PAGE] * PAGE + index % PAGE
+                slots = self.slots if index >= portion.start else self.before
+                expected = content(portion.sequence.request, tokens[: index + 1])
                 assert slots.get(slot) == expected, (index, slots.get(slot), expected)
 
     def _sample(self, plan: StepPlan) -> tuple[SampleOutput, Any]:
         at, owners = 0, []
-        for chunk in plan.chunks:
-            owners += [owner for _, owner in _rows(chunk, at)]
-            at += chunk.stop - chunk.start
+        for portion in plan.portions:
+            owners += [owner for _, owner in _rows(portion, at)]
+            at += portion.stop - portion.start
         drawn = []
         for owner in owners:
             sequence = owner.sequence
@@ -213,14 +215,14 @@ class FakeRunner:
         return SampleOutput(**arrays), tuple(owners)
 
     def _error(self, plan: StepPlan) -> Exception | None:
-        poisoned = [c.sequence for c in plan.chunks if is_poison(c.sequence, c.stop)]
+        poisoned = [c.sequence for c in plan.portions if is_poison(c.sequence, c.stop)]
         if poisoned:
             self.mode = "read"
             return jax.errors.JaxRuntimeError("INTERNAL: poisoned")
         if self.fail_next is None:
             return None
         self.mode, self.fail_next = self.fail_next, None
-        involved = {c.sequence for c in plan.chunks}
+        involved = {c.sequence for c in plan.portions}
         if len(involved) == 1:  # whoever is alone with it may be blamed for it
             self.blamed |= {s.request for s in involved}
         return jax.errors.JaxRuntimeError("INTERNAL: transient")
@@ -248,9 +250,11 @@ def make_engine(
         enable_prefix_caching=prefix_caching,
         eviction_policy="lru",
         overlap=overlap,
+        deterministic=False,
+        chunk_cache_share=0.5,
     )
-    model: Any = None
-    spec: Any = types.SimpleNamespace(page_size=PAGE)
+    model: Any = types.SimpleNamespace(config=types.SimpleNamespace(num_layers=1, hidden_size=1))
+    spec: Any = types.SimpleNamespace(page_size=PAGE, bytes=lambda tokens: tokens)
     ticks: Iterator[int] = iter(range(10**9))
     with (
         mock.patch.object(engine_module, "Runner", FakeRunner),
@@ -297,7 +301,7 @@ def audit(engine: Engine, runner: FakeRunner, parked: list[Sequence]) -> None:
             assert runner.slots.get(slot) == content(sequence.request, tokens[: index + 1])
             claims.setdefault(slot, set()).add(sequence)
     tree = scheduler.tree
-    for node in () if tree is None else tree._nodes():
+    for node in () if tree is None else tree.nodes():
         tokens, above = [], node
         while above is not None:
             tokens = [*above.tokens.tolist(), *tokens]

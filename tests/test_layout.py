@@ -11,7 +11,7 @@ import kvjax
 from kvjax.config import EngineConfig
 
 ROOT = Path(__file__).parent.parent
-LINKED = ("models", "pallas_kernels", "benchmarks")
+LINKED = ("models", "pallas_kernels", "benchmarks", "serving")
 CODE = ("kvjax", *LINKED, "tests", "examples")
 
 
@@ -51,7 +51,7 @@ def test_only_the_configuration_reads_the_environment():
     readers = {
         path.relative_to(ROOT).as_posix()
         for path in sources()
-        if path.parts[len(ROOT.parts)] in ("kvjax", "models", "pallas_kernels")
+        if path.parts[len(ROOT.parts)] in ("kvjax", "models", "pallas_kernels", "serving")
         and re.search(r"os\.environ|getenv", path.read_text(encoding="utf-8"))
     }
     assert readers == {"kvjax/config.py"}
@@ -64,6 +64,7 @@ def test_constraints_pin_names_and_versions_and_nothing_else(version):
     assert all(re.fullmatch(r"[A-Za-z0-9_.-]+==[A-Za-z0-9_.]+", line) for line in lines)
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     wanted = list(project["project"]["dependencies"])
+    wanted += project["project"]["optional-dependencies"]["serve"]
     for group in project["dependency-groups"].values():
         wanted += group
     normal = {re.sub(r"[-_.]+", "-", name).lower() for name in pins}

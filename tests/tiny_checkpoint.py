@@ -13,6 +13,7 @@ from kvjax.models import model_config, random_tensors
 
 SPECIAL = ("<|end|>", "<|user|>", "<|assistant|>", "<|system|>")
 CHAT = (
+    "{% for t in tools or [] %}<|system|><tool_call>{{ t.function.name }}<|end|>{% endfor %}"
     "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )

@@ -76,7 +76,13 @@ def tiny_model(dtype: Any = "float32", deterministic: bool = True) -> Transforme
 
 
 def tiny_engine(
-    dtype: Any = "float32", *, num_pages: int = 64, max_model_len: int = 128, **settings: Any
+    dtype: Any = "float32",
+    *,
+    num_pages: int = 64,
+    max_model_len: int = 128,
+    layout: Any = "split",
+    cascade: bool | None = None,
+    **settings: Any,
 ) -> tuple[Engine, Intake]:
     """An engine of small limits: few programs, each compiled in about a second."""
     enable_compilation_cache()  # jax's keys hold the program, its flags and the versions
@@ -91,11 +97,12 @@ def tiny_engine(
     tokenizer = LetterTokenizer()
     engine = Engine(
         tiny_model(dtype, config.deterministic),
-        kv_spec(CONFIG, config.kv_dtype, 16),
+        kv_spec(CONFIG, config.kv_dtype, 16, layout),
         num_pages,
         config,
         max_model_len,
         decode_token=lambda token: tokenizer.decode([token], skip_special_tokens=False),
+        cascade=cascade,
     )
     intake = Intake(
         tokenizer,

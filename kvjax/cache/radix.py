@@ -14,7 +14,8 @@ page for an index is complete from the page's first slot up to the node's end. W
 
 The block table of a match takes, per page index, the page of the deepest matched node: `abcdeX` is
 (0, 7), `abcdef` is (0, 1), `abcde` is (0, 1). A page has one writer and its slots are append-only,
-so all holders of a page lie on one path from the root; `check_integrity` says so.
+so all its holders in a namespace lie on one path from the root; `check_integrity` says so.
+Namespaces may share pages: what a prompt has exact in front of approximate KV is in two.
 """
 
 import dataclasses
@@ -24,6 +25,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
+from kvjax.cache.observer import TreeObserver
 from kvjax.cache.pool import PagePool
 
 _NO_TOKENS = np.empty(0, np.int64)
@@ -121,6 +123,7 @@ class RadixTree:
     def __init__(self, pool: PagePool, policy: EvictionPolicy | None = None) -> None:
         self._pool, self._policy = pool, policy or LRU()
         self._page_size = pool.page_size
+        self.observers: list[TreeObserver] = []
         self._roots: dict[Hashable, RadixNode] = {}
         self._held: dict[int, int] = {}  # page id -> nodes that reference it
         self._heap: list[tuple[tuple[float, ...], int, RadixNode]] = []  # lazy: see _queue
@@ -174,6 +177,8 @@ class RadixTree:
             node.hits += 1
             node = node.parent
         self._queue(deepest)
+        for observer in self.observers:
+            observer.matched(table)
         return Match(num_tokens, tuple(table), deepest)
 
     def insert(
@@ -227,6 +232,8 @@ class RadixTree:
         self._queue(node)
         self._num_tokens += len(ids) - known
         self._inserted_tokens += len(ids) - known
+        for observer in self.observers:
+            observer.stored(namespace, ids, known, fresh)
         return len(ids) - known
 
     def lock(self, node: RadixNode) -> None:
@@ -269,7 +276,7 @@ class RadixTree:
     def reset(self, namespace: Hashable | None = None) -> int:
         """Drops all that is not locked, of one namespace or (None) of all; returns pages freed."""
         free_before = self._pool.num_free
-        for node in reversed(list(self._nodes())):  # children first; a lock covers the whole path
+        for node in reversed(list(self.nodes())):  # children first; a lock covers the whole path
             if not node.locks and (namespace is None or node.namespace == namespace):
                 self._truncate(node, 0)
         self._rebuild_heap()
@@ -277,13 +284,15 @@ class RadixTree:
 
     def clear(self) -> None:
         """Drops everything, locked or not, because the device content is lost. Releases all."""
-        for node in list(self._nodes()):
+        for node in list(self.nodes()):
             node.attached = False
             self._pool.release(node.pages)
         self._roots.clear()
         self._held.clear()
         self._heap.clear()
         self._num_nodes = self._num_tokens = 0
+        for observer in self.observers:
+            observer.cleared()
 
     def check_integrity(self) -> None:
         """Asserts every invariant of the tree. Reads only; linear in tokens and pages."""
@@ -292,7 +301,7 @@ class RadixTree:
         index_of: dict[int, int] = {}
         num_nodes = num_tokens = 0
         assert all(root.children for root in self._roots.values()), "an empty namespace stays"
-        for node in self._nodes():
+        for node in self.nodes():
             num_nodes += 1
             num_tokens += len(node.tokens)
             parent = node.parent
@@ -313,8 +322,10 @@ class RadixTree:
         for page, holders in held.items():
             refs = self._pool.ref_count(page)
             assert refs >= len(holders), f"{page=}: {refs} references, {len(holders)} nodes"
-            path = set(_path(max(holders, key=lambda node: node.start)))
-            assert all(node in path for node in holders), f"page {page} on two branches"
+            for namespace in {node.namespace for node in holders}:
+                own = [node for node in holders if node.namespace == namespace]
+                path = set(_path(max(own, key=lambda node: node.start)))
+                assert all(node in path for node in own), f"page {page} on two branches"
         assert {page: len(holders) for page, holders in held.items()} == self._held
         assert (num_nodes, num_tokens) == (self._num_nodes, self._num_tokens)
 
@@ -351,6 +362,9 @@ class RadixTree:
         """Drops the pages of a leaf from the `cut`-th on; at 0 the whole leaf."""
         assert not node.children, "only leaves go"
         dropped, held = node.pages[cut:], self._held
+        kept = max((node.start // self._page_size + cut) * self._page_size, node.start)
+        for observer in self.observers:
+            observer.removed(node, kept, dropped)
         for page in dropped:
             held[page] -= 1
             if held[page] == 0:
@@ -423,22 +437,25 @@ class RadixTree:
         return count, cut
 
     def _frees_with_ancestors(self, leaf: RadixNode) -> bool:
-        """Whether nodes above share the leaf's only page, and it is free once they go, too.
+        """Whether only nodes of the tree share the leaf's pages, which are free once they go, too.
 
-        Such a leaf (less than a page of tokens) goes at its turn though it frees nothing by
-        itself: else two branches that share pages with a common ancestor keep each other alive.
+        Such a leaf goes at its turn though it frees nothing by itself: else branches that share
+        pages with a common ancestor, or with another namespace, keep each other alive.
         """
-        page = leaf.pages[0]
-        num_holders = self._held[page]
-        if len(leaf.pages) > 1 or self._pool.ref_count(page) > num_holders:
+        if any(self._pool.ref_count(page) > self._held[page] for page in leaf.pages):
             return False
+        page = leaf.pages[0]
+        num_holders = self._held[page] if len(leaf.pages) == 1 else 0  # else: another namespace's
         for node in _path(leaf):  # whatever is above and reaches this page has it as its last
+            if node.parent is None or num_holders == 0:
+                break
             num_holders -= node.pages[-1] == page
             if num_holders == 0:
                 return node.locks == 0
-        raise AssertionError(f"page {page} on two branches")
+        return True  # whoever else holds it is in another namespace
 
-    def _nodes(self) -> Iterator[RadixNode]:
+    def nodes(self) -> Iterator[RadixNode]:
+        """Every node with tokens, parents first. Not while the tree changes."""
         for root in self._roots.values():
             for node in _subtree(root):
                 if node is not root:

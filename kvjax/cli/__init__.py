@@ -16,7 +16,16 @@ from typing import Protocol
 from kvjax import __version__
 from kvjax.errors import KVJaxError
 
-COMMANDS = ("generate", "chat", "pull", "models", "convert", "info")  # modules beside this one
+COMMANDS = (
+    "generate",
+    "chat",
+    "serve",
+    "pull",
+    "models",
+    "convert",
+    "reuse",
+    "info",
+)  # modules beside this one
 
 _DESCRIPTION = "LLM inference in JAX that computes the KV of a token once and reuses it."
 _EPILOG = """\
@@ -24,6 +33,7 @@ examples:
   kvjax generate smollm2-135m examples/questions.jsonl -o answers.jsonl
   echo "The sea is" | kvjax generate smollm2-135m --max-tokens 20
   kvjax chat smollm2-135m --stats
+  kvjax serve smollm2-135m --port 8000
   kvjax bench engine --help
 
 KVJAX_CACHE_DIR moves the folder for models and compiled programs (default: ~/.cache/kvjax).

@@ -14,7 +14,7 @@ from kvjax import __version__
 from kvjax.cli.options import show_size
 from kvjax.config import cache_dir, host_memory
 from kvjax.models.pull import cached_models
-from kvjax.pallas_kernels import native
+from kvjax.pallas_kernels import cascade_refusal, native
 from kvjax.pallas_kernels.dispatch import OPERATIONS
 
 HELP = "versions, devices, kernels, caches"
@@ -67,6 +67,9 @@ def _kernels() -> Table:
         for backend, why in sorted(told.items(), key=lambda item: item[1] != "chosen"):
             table.add_row(name, backend, why)
             name = ""
+    never = cascade_refusal(jax.default_backend())
+    told = "each decode step by its bytes (plan_cascade)" if never is None else f"never: {never}"
+    table.add_row("cascade_attention", "the engine", told)
     return table
 
 

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import json
 import re
 from typing import Any
 
@@ -9,7 +10,7 @@ from kvjax.cache.radix import EVICTION_POLICIES
 from kvjax.config import KV_CACHE_DTYPES, EngineConfig
 from kvjax.llm import LLM
 from kvjax.models import WEIGHT_DTYPES
-from kvjax.request import SamplingParams
+from kvjax.request import SamplingParams, StructuredOutputs
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", re.IGNORECASE)
@@ -49,6 +50,14 @@ def _bias(text: str) -> dict[int, float]:
         raise argparse.ArgumentTypeError(f"biases such as 5:-100,17:2.5, got {text!r}") from None
 
 
+def _structured(text: str) -> StructuredOutputs:
+    """Fields of `StructuredOutputs` in JSON."""
+    try:
+        return StructuredOutputs(**json.loads(text))
+    except (ValueError, TypeError) as error:
+        raise argparse.ArgumentTypeError(f"{error}, got {text!r}") from None
+
+
 def _max_tokens(text: str) -> int | None:
     """A number of tokens, or `none`."""
     try:
@@ -78,6 +87,7 @@ _SAMPLING: tuple[tuple[str, dict[str, Any], str], ...] = (  # field, argparse op
     ("logit_bias", {"type": _bias, "metavar": "ID:X,.."}, "add X to the logit of token ID"),
     ("allowed_token_ids", {"type": _ids, "metavar": "IDS"}, "draw from these tokens only"),
     ("bad_words", {"action": "append", "metavar": "WORD"}, "never write it; may be repeated"),
+    ("structured_outputs", {"type": _structured, "metavar": "JSON"}, 'such as {"regex": "[ab]+"}'),
     ("skip_special_tokens", {}, "leave control tokens out of the text"),
     ("include_stop_str_in_output", {}, "keep the stop text"),
     ("priority", {"type": int}, "lower is served first"),
@@ -123,9 +133,11 @@ def add_engine(parser: argparse.ArgumentParser) -> None:
     add("max_num_batched_tokens", "tokens in one step", type=int, metavar="N")
     add("kv_cache_memory", "such as 512M or 2G", type=size, metavar="SIZE")
     add("memory_utilization", "share of an accelerator's memory", type=float, metavar="X")
-    add("page_size", "KV slots per page", type=int, metavar="N")
+    add("page_size", "KV slots per page; 16 on a CPU, 64 elsewhere", type=int, metavar="N")
     add("enable_prefix_caching", "reuse the KV of equal prompt beginnings")
     add("eviction_policy", "what leaves a full cache first", choices=sorted(EVICTION_POLICIES))
+    add("max_reuse_loss", "nats per token that reuse may cost", type=float, metavar="X")
+    add("force_reuse", "reuse that was not measured, or costs more (see kvjax reuse check)")
     add("deterministic", "bits of a result never depend on what else is in the batch")
     add("overlap", "plan a step while the device runs the one before")
     add("compilation_cache", "keep compiled programs for the next run")
@@ -137,9 +149,17 @@ def add_engine(parser: argparse.ArgumentParser) -> None:
 
 def open_llm(args: argparse.Namespace) -> LLM:
     """The engine that the flags describe."""
+    return LLM(args.model, **engine_settings(args))
+
+
+def engine_settings(args: argparse.Namespace) -> dict[str, Any]:
+    """What the flags say of the engine, as arguments of `LLM` or `AsyncLLM`.
+
+    A `--seed` is of the sampling parameters, where a command has these.
+    """
     names = [field.name for field in dataclasses.fields(EngineConfig) if hasattr(args, field.name)]
     settings = {name: getattr(args, name) for name in names if name != "seed"}
-    return LLM(args.model, tensor_parallel_size=args.tensor_parallel_size, **settings)
+    return {**settings, "tensor_parallel_size": args.tensor_parallel_size}
 
 
 def _shown(default: Any) -> str:

@@ -32,6 +32,7 @@ class SamplingRows:
     frequency: Array  # f32[L]
     repetition: Array  # f32[L]
     uses_bias: Array  # bool[L] DecodeState.bias holds for this row
+    uses_grammar: Array  # bool[L] DecodeState.grammar holds for this row
     uses_bad_words: Array  # bool[L] DecodeState.bad_words holds for this row
     seeds: Array  # u32[L] lower half of the request's seed
     seeds_hi: Array  # u32[L] upper half
@@ -66,6 +67,7 @@ class RowRequest:
     active: bool = True
     forced_token: int = -1
     want_logprobs: bool | None = None  # None: as params.logprobs says
+    uses_grammar: bool = False  # the seat's mask was loaded for this draw (`load_masks`)
 
 
 def pack_rows(
@@ -111,6 +113,7 @@ def pack_rows(
         frequency=column([p.frequency_penalty for p in params], np.float32, 0),
         repetition=column([p.repetition_penalty for p in params], np.float32, 1),
         uses_bias=column([p.uses_bias for p in params], np.bool_, False),
+        uses_grammar=column([r.uses_grammar for r in requests], np.bool_, False),
         uses_bad_words=column([bool(p.bad_words) for p in params], np.bool_, False),
         seeds=column([r.seed & 0xFFFFFFFF for r in requests], np.uint32, 0),
         seeds_hi=column([r.seed >> 32 for r in requests], np.uint32, 0),
@@ -133,6 +136,7 @@ def _wants_logprobs(request: RowRequest) -> bool:
 
 def _argument(params: SamplingParams, name: str, default: float) -> float:
     value = (params.extra_args or {}).get(name, default)
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or abs(value) > 3.4e38:
         raise ValueError(f"extra_args[{name!r}] must be a number, got {value!r}")
     return value

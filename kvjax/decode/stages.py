@@ -60,6 +60,23 @@ class _BuiltIn:
     arguments: Mapping[str, float] = {}
 
 
+class Grammar(_BuiltIn):
+    """Leaves only what the row's grammar allows next."""
+
+    name = "grammar"
+
+    def wanted(self, rows: SamplingRows) -> Array:
+        """Rows with a grammar."""
+        return rows.uses_grammar
+
+    def apply(self, logits: Array, state: DecodeState, rows: SamplingRows) -> Array:
+        """Sets the others to -inf."""
+        words = state.grammar[rows.seats]
+        bits = (words[:, :, None] >> jnp.arange(32, dtype=jnp.int32)) & 1
+        allowed = bits.reshape(words.shape[0], -1)[:, : logits.shape[1]]
+        return jnp.where(allowed != 0, logits, -jnp.inf)
+
+
 class BadWords(_BuiltIn):
     """Bans the last token of a bad word when the tokens before it have just been output."""
 
@@ -181,6 +198,7 @@ class TopP(_BuiltIn):
 
 
 LOGIT_STAGES: list[LogitStage] = [
+    Grammar(),
     BadWords(),
     MinTokens(),
     Bias(),

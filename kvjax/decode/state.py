@@ -1,4 +1,4 @@
-"""What the device remembers per seat between steps: last tokens, counts, biases, bad words."""
+"""What the device remembers per seat between steps: last tokens, counts, biases, masks."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ BAD_WORD_TOKENS = 8  # longest sequence
 class DecodeState:
     """Per-seat state. Donated to, and returned by, every step; the last row is for padding.
 
-    A seat's features (everything but `last_tokens`) are read only for rows which say that they use
+    A seat's features (and its mask, `grammar`) are read only for rows which say that they use
     them, so what an earlier request left in a seat does no harm: only requests with
     `needs_seat_features` need `load_seat`.
     """
@@ -31,6 +31,7 @@ class DecodeState:
     output_counts: Array  # i32[seats + 1, V]
     prompt_mask: Array  # bool[seats + 1, V]
     bias: Array  # f32[seats + 1, V] logit_bias; -inf for tokens that are not allowed
+    grammar: Array  # i32[seats + 1, ceil(V / 32)] bits of the tokens that may come (`load_masks`)
     bad_words: Array  # i32[seats + 1, NUM_BAD_WORDS, BAD_WORD_TOKENS] right-aligned, -1: none
     history: Array  # i32[seats + 1, BAD_WORD_TOKENS - 1] last output tokens, newest last, -1: none
 
@@ -58,7 +59,7 @@ class DecodeState:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, slots=True)
 class SeatFeatures:
-    """One seat of `DecodeState` but its last token. Built on the host (`seat_features`)."""
+    """One seat of `DecodeState` but its last token and mask. Built by `seat_features`."""
 
     output_counts: Array | np.ndarray  # i32[V]
     prompt_mask: Array | np.ndarray  # bool[V]
@@ -111,14 +112,22 @@ def load_seat(
     state: DecodeState, seat: Int[Array, ""] | int, features: SeatFeatures
 ) -> DecodeState:
     """Writes a seat's features before the request's first draw there. Consumes `state`."""
-    return DecodeState(
-        last_tokens=state.last_tokens,
+    return dataclasses.replace(
+        state,
         output_counts=state.output_counts.at[seat].set(features.output_counts),
         prompt_mask=state.prompt_mask.at[seat].set(features.prompt_mask),
         bias=state.bias.at[seat].set(features.bias),
         bad_words=state.bad_words.at[seat].set(features.bad_words),
         history=state.history.at[seat].set(features.history),
     )
+
+
+@partial(jax.jit, donate_argnames="state")
+def load_masks(
+    state: DecodeState, seats: Int[Array, " rows"], masks: Int[Array, "rows words"]
+) -> DecodeState:
+    """Writes what these seats may draw next; padding has a seat past all. Consumes `state`."""
+    return dataclasses.replace(state, grammar=state.grammar.at[seats].set(masks, mode="drop"))
 
 
 def record_tokens(
@@ -129,12 +138,10 @@ def record_tokens(
     seats = jnp.where(rows.active, rows.seats, nowhere)
     counted = jnp.where(rows.active & rows.uses_penalties, rows.seats, nowhere)
     shifted = jnp.concatenate([state.history[rows.seats, 1:], tokens[:, None]], axis=1)
-    return DecodeState(
+    return dataclasses.replace(
+        state,
         last_tokens=state.last_tokens.at[seats].set(tokens, mode="drop"),
         output_counts=state.output_counts.at[counted, tokens].add(1, mode="drop"),
-        prompt_mask=state.prompt_mask,
-        bias=state.bias,
-        bad_words=state.bad_words,
         history=state.history.at[seats].set(shifted, mode="drop"),
     )
 
@@ -145,6 +152,7 @@ def _empty_state(num_rows: int, vocab_size: int) -> DecodeState:
         output_counts=jnp.zeros((num_rows, vocab_size), jnp.int32),
         prompt_mask=jnp.zeros((num_rows, vocab_size), jnp.bool_),
         bias=jnp.zeros((num_rows, vocab_size), jnp.float32),
+        grammar=jnp.full((num_rows, -(-vocab_size // 32)), -1, jnp.int32),
         bad_words=jnp.full((num_rows, NUM_BAD_WORDS, BAD_WORD_TOKENS), -1, jnp.int32),
         history=jnp.full((num_rows, BAD_WORD_TOKENS - 1), -1, jnp.int32),
     )

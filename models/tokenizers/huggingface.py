@@ -13,6 +13,7 @@ from kvjax.models.tokenizers.decoding import decode
 from kvjax.models.tokenizers.folder import read_settings
 
 FILE = "tokenizer.json"
+_LONG = 4096  # characters; from there on other threads run meanwhile: a batch releases the GIL
 
 PieceRule = Callable[[str], bytes]  # a token as the vocabulary writes it -> its bytes
 
@@ -48,6 +49,9 @@ class HuggingFaceTokenizer:
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """See the protocol. Raises `ValueError` for half a surrogate pair, which is no text."""
         try:
+            if len(text) > _LONG:
+                batch = self._inner.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+                return batch[0].ids
             return self._inner.encode(text, add_special_tokens=add_special_tokens).ids
         except TypeError:
             raise ValueError(f"text must be a str of whole characters, got {text!r:.80}") from None

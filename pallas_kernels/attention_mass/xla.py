@@ -10,8 +10,7 @@ from kvjax.pallas_kernels.paged_attention.softmax import visible
 from kvjax.pallas_kernels.paged_attention.xla import (
     BLOCK,
     TILE,
-    as_latent,
-    load_block,
+    load_keys,
     scores,
     supported,
     whole_blocks,
@@ -24,7 +23,6 @@ def attention_mass(
 ) -> AttentionMass:  # fmt: skip
     """See `kvjax.pallas_kernels.attention_mass`."""
     del value_width  # values are not read
-    q, pages = as_latent(q, pages)
     q, lse, block_tables, starts, kv_lens, lo, hi = map(
         jnp.asarray, (q, lse, block_tables, query_starts, kv_lens, visible_lo, visible_hi)
     )
@@ -88,7 +86,7 @@ def _tile(rows, ours, pages, table, kv_len, edges, soft_cap) -> tuple[Array, Arr
 
     def body(c, mass):
         keys = c * BLOCK + jnp.arange(BLOCK, dtype=jnp.int32)
-        k = load_block(pages.k, pages.k_scale, table, c)
+        k = load_keys(pages, table, c, d)
         score = scores(queries, k, soft_cap).reshape(kv_heads, tile, group, BLOCK)
         seen = visible(keys, lo, hi, kv_len, tail_mask)[:, None, None] & counted.reshape(
             tile, kv_heads, group, 1

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int, UInt32
 from kvjax.pallas_kernels.cascade_attention.cost import (
     CascadePlan,
     cascade_bytes,
+    cascade_refusal,
     plan_cascade,
 )
 from kvjax.pallas_kernels.checks import Checks
@@ -20,7 +21,13 @@ from kvjax.pallas_kernels.merge_states import merge_states
 from kvjax.pallas_kernels.page_ops import Pages
 from kvjax.pallas_kernels.paged_attention import check_arguments, paged_attention
 
-__all__ = ["CascadePlan", "cascade_attention", "cascade_bytes", "plan_cascade"]
+__all__ = [
+    "CascadePlan",
+    "cascade_attention",
+    "cascade_bytes",
+    "cascade_refusal",
+    "plan_cascade",
+]
 
 
 def cascade_attention(

@@ -87,9 +87,23 @@ def cascade_bytes(
     return plain, (keys - saved) * token_bytes + 5 * sequences * state_bytes
 
 
+def cascade_refusal(platform: str) -> str | None:
+    """Why `cascade_attention` never pays on a platform, whatever the batch; None: it may."""
+    if platform == "cpu":
+        return (
+            "paged_attention (cpu) reads a shared prefix once by itself; partial states round "
+            "otherwise, so bits would depend on the batch"
+        )
+    return None
+
+
 def _common(a: Sequence[int], b: Sequence[int]) -> int:
-    """How many leading elements are equal."""
-    for i, (x, y) in enumerate(zip(a, b, strict=False)):
-        if x != y:
-            return i
-    return min(len(a), len(b))
+    """How many leading elements are equal, by slices: a decode step asks for it every time."""
+    low, high = 0, min(len(a), len(b))
+    while low < high:
+        middle = (low + high + 1) // 2
+        if a[low:middle] == b[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low

@@ -8,8 +8,8 @@
 #include <algorithm>
 #include <vector>
 
-#include "native.h"
-#ifdef __AVX512BF16__
+#include "words.h"
+#if defined(__AVX512VNNI__) || defined(__AVX2__)
 #include <immintrin.h>
 #endif
 
@@ -17,69 +17,23 @@ namespace {
 
 using namespace kvjax;
 
-constexpr int kVectors = 2;                // vectors across a panel
-constexpr int kWidth = kLanes * kVectors;  // output channels of a panel
-constexpr int kRows = 12;                  // rows of a register kernel: 24 sums
-constexpr int kBlocks = 6;                 // blocks of rows that meet a panel while it is in cache
-constexpr int kTasks = 16;                 // at least, where the weights have as many panels
-constexpr float kRounder = 12582912.0f;    // 1.5 * 2^23: adding it rounds to whole numbers
+constexpr int kWidth = 32;                 // output channels of a panel
+constexpr int kVectors = kWidth / kLanes;  // vectors across a panel
+// Rows of a register kernel: 24 sums of 32 registers with AVX-512 or on ARM, 12 of 16 with AVX.
+constexpr int kRows = kLanes == 16 ? 12 : 3;
+constexpr int kBlocks = 72 / kRows;      // blocks of rows that meet a panel while it is in cache
+constexpr int kTasks = 16;               // at least, where the weights have as many panels
+constexpr float kRounder = 12582912.0f;  // 1.5 * 2^23: adding it rounds to whole numbers
 
-using Word = uint32_t;
-typedef uint32_t UIntVec __attribute__((vector_size(4 * kLanes)));
 typedef uint8_t ByteVec __attribute__((vector_size(kLanes)));
 
-// The kinds of weights: how sixteen words of a row of x are made, and one step of a chain. `scale` is
-// what the row was divided by.
-struct Float32 {
-  static constexpr int kPerWord = 1;
-  using Sum = Vec;
-
+// The kinds of weights: how a vector of words of a row of x are made, and one step of a chain. `scale` is
+// what the row was divided by: one, unless the words are integers.
+template <typename Kind>
+struct Floats : Kind {
   static float Scale(const float*, int64_t) { return 1; }
 
-  static IntVec Words(const float* x, float) { return Load<IntVec>(x); }
-
-  static Sum Step(Sum sum, Word x, const void* w) {
-    float f;
-    std::memcpy(&f, &x, sizeof f);
-    return sum + f * Load(w);
-  }
-};
-
-struct BFloat16 {
-  static constexpr int kPerWord = 2;
-  using Sum = Vec;
-
-  static float Scale(const float*, int64_t) { return 1; }
-
-  static IntVec Words(const float* x, float) {
-    const IntVec a = Rounded(Load(x)), b = Rounded(Load(x + kLanes));
-    const IntVec even = __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24,
-                                                26, 28, 30);
-    const IntVec odd = __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25,
-                                               27, 29, 31);
-    return even | odd << 16;
-  }
-
-  static IntVec Rounded(Vec x) {  // to nearest, ties to even
-    const UIntVec bits = (UIntVec)x;
-    const IntVec near = (IntVec)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
-    return x != x ? IntVec{} + 0x7fc0 : near;
-  }
-
-  static Sum Step(Sum sum, Word x, const void* w) {
-#ifdef __AVX512BF16__
-    return (Vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(x),
-                                 (__m512bh)Load<__m512i>(w));
-#else
-    const IntVec pairs = Load<IntVec>(w);
-    const IntVec low = pairs << 16, high = pairs & static_cast<int32_t>(0xffff0000);
-    float x0, x1;
-    const Word low_x = x << 16, high_x = x & 0xffff0000;
-    std::memcpy(&x0, &low_x, sizeof x0);
-    std::memcpy(&x1, &high_x, sizeof x1);
-    return sum + x0 * (Vec)low + x1 * (Vec)high;
-#endif
-  }
+  static IntVec Words(const float* x, float) { return Kind::Words(x); }
 };
 
 struct Int8 {
@@ -112,6 +66,13 @@ struct Int8 {
   static Sum Step(Sum sum, Word x, const void* w) {
 #ifdef __AVX512VNNI__
     return (IntVec)_mm512_dpbusd_epi32((__m512i)sum, _mm512_set1_epi32(x), Load<__m512i>(w));
+#elif defined(__AVX2__) && !defined(__AVX512F__)
+    // As pairs of 16 bits: the products of bytes would not fit where they are added.
+    const __m256i bytes = Load<__m256i>(w);
+    const __m256i even = _mm256_srai_epi16(_mm256_slli_epi16(bytes, 8), 8);
+    const __m256i odd = _mm256_srai_epi16(bytes, 8);
+    return sum + (IntVec)_mm256_madd_epi16(even, _mm256_set1_epi32(x & 0x00ff00ff)) +
+           (IntVec)_mm256_madd_epi16(odd, _mm256_set1_epi32(x >> 8 & 0x00ff00ff));
 #else
     const IntVec bytes = Load<IntVec>(w);
     for (int i = 0; i < 4; ++i)
@@ -249,9 +210,9 @@ void Multiply(ffi::ThreadPool& pool, const ffi::Buffer<ffi::F32>& x, const ffi::
 template <typename F>
 ffi::Error WithKind(const ffi::AnyBuffer& panels, F multiply) {
   if (panels.element_type() == ffi::F32)
-    multiply(Float32{});
+    multiply(Floats<Float32>{});
   else if (panels.element_type() == ffi::BF16)
-    multiply(BFloat16{});
+    multiply(Floats<BFloat16>{});
   else
     return ffi::Error(ffi::ErrorCode::kInvalidArgument, "weights must be float32 or bfloat16");
   return ffi::Error::Success();

@@ -20,7 +20,12 @@ from kvjax.pallas_kernels.page_ops.arguments import (
     vector,
     widths_of,
 )
-from kvjax.pallas_kernels.page_ops.packing import pack_pages, packed_width, split_pages
+from kvjax.pallas_kernels.page_ops.packing import (
+    pack_pages,
+    packed_scale_shape,
+    packed_width,
+    split_pages,
+)
 from kvjax.pallas_kernels.page_ops.pages import (
     KVSpan,
     LayerPages,
@@ -42,6 +47,7 @@ __all__ = [
     "gather_slots",
     "import_span",
     "pack_pages",
+    "packed_scale_shape",
     "packed_width",
     "split_pages",
     "stored_dtype",

@@ -7,10 +7,13 @@ nobody sees, and the shapes inside do not depend on context lengths. Every row r
 `BLOCK` keys counted from the start of its sequence: its bits are the same in every batch.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from kvjax.pallas_kernels.page_ops.packing import split_scales
 from kvjax.pallas_kernels.page_ops.pages import LayerPages, PackedPages, Pages, decode_dtype
 from kvjax.pallas_kernels.page_ops.quantise import decode
 from kvjax.pallas_kernels.paged_attention.softmax import absorb, capped, finish, start, visible
@@ -27,21 +30,6 @@ def paged_attention(
     return_lse=False,
 ):  # fmt: skip
     """See `kvjax.pallas_kernels.paged_attention`."""
-    if isinstance(pages, PackedPages):
-        width, half = value_width, 0
-        if value_width is None:
-            if pages.quantised:
-                raise NotImplementedError("xla: packed pages whose values have scales of their own")
-            width, half = q.shape[2], pages.kv.shape[3] // 2
-        q, pages = as_latent(q, pages)
-        out, lse = paged_attention(
-            q, pages, block_tables, query_starts, kv_lens, visible_lo, visible_hi,
-            scale=scale, tail_mask=tail_mask, soft_cap=soft_cap, sinks=sinks,
-            value_width=value_width or pages.k.shape[3], max_query_len=max_query_len,
-            return_lse=True,
-        )  # fmt: skip
-        out = out[..., half : half + width]
-        return (out, lse) if return_lse else out
     block_tables = whole_blocks(supported(pages), block_tables)
     attend = _Attend(q, pages, block_tables, query_starts, kv_lens, visible_lo, visible_hi,
                      scale, tail_mask, soft_cap, sinks, value_width)  # fmt: skip
@@ -52,41 +40,65 @@ def paged_attention(
     return (out, lse) if return_lse else out
 
 
-def as_latent(q: Array, pages: Pages) -> tuple[Array, LayerPages]:
-    """Packed pages as latent ones: a row is one wide key whose other lanes meet zeros in `q`."""
-    if not isinstance(pages, PackedPages):
-        return q, pages
-    q = jnp.pad(jnp.asarray(q), ((0, 0), (0, 0), (0, pages.kv.shape[3] - q.shape[2])))
-    scale = None
-    if pages.scale is not None:
-        scale = jnp.asarray(pages.scale)[:, : pages.kv_heads, : pages.page_size]
-    return q, LayerPages(pages.kv, None, scale)
-
-
-def supported(pages: Pages) -> LayerPages:
+def supported(pages: Pages) -> Pages:
     """The pages, or NotImplementedError."""
-    if not isinstance(pages, LayerPages):
-        raise NotImplementedError("xla: packed pages")
     if pages.page_size > BLOCK or BLOCK % pages.page_size:
         raise NotImplementedError(f"xla: page_size={pages.page_size} does not divide {BLOCK}")
     return pages
 
 
-def whole_blocks(pages: LayerPages, block_tables: Array) -> Array:
+def whole_blocks(pages: Pages, block_tables: Array) -> Array:
     """Block tables padded to a multiple of the pages of a block."""
     missing = -block_tables.shape[1] % (BLOCK // pages.page_size)
     return jnp.pad(block_tables, ((0, 0), (0, missing)))
 
 
-def load_block(pool: Array, scale: Array | None, tables: Array, c: Array) -> Array:
-    """Numbers of block `c` of each table row, `[n, kv_heads, BLOCK, width]`."""
-    n, per_block = tables.shape[0], BLOCK // pool.shape[2]
-    ids = jax.lax.dynamic_slice(tables, (0, c * per_block), (n, per_block))
+def load_keys(pages: Pages, tables: Array, c: Array, width: int) -> Array:
+    """Numbers of the keys in block `c` of each table row, `[n, kv_heads, BLOCK, width]`."""
+    ids = _block_ids(pages, tables, c)
+    if isinstance(pages, LayerPages):
+        return decode(_load(pages.k, ids), _load(pages.k_scale, ids))
+    scale = _load_scales(pages, ids)
+    scale = None if scale is None else scale[:, : pages.kv_heads]
+    return decode(_load(pages.kv, ids)[..., :width], scale)
 
-    def load(x: Array) -> Array:
-        return x[ids].swapaxes(1, 2).reshape(n, pool.shape[1], BLOCK, *x.shape[3:])
 
-    return decode(load(pool), None if scale is None else load(scale))
+def load_block(
+    pages: Pages, tables: Array, c: Array, width: int, value_width: int | None
+) -> tuple[Array, Array]:
+    """Keys and values of block `c`; with a `value_width` these are leading channels of those."""
+    if value_width is not None:
+        k = load_keys(pages, tables, c, width)
+        return k, k[..., :value_width]
+    ids = _block_ids(pages, tables, c)
+    if isinstance(pages, LayerPages):
+        v = decode(_load(pages.v, ids), _load(pages.v_scale, ids))
+        return load_keys(pages, tables, c, width), v
+    rows, scale = _load(pages.kv, ids), _load_scales(pages, ids)
+    k_scale, v_scale = split_scales(scale, pages.kv_heads, False)
+    half = rows.shape[-1] // 2  # queries, keys and values of packed pages are equally wide
+    return decode(rows[..., :width], k_scale), decode(rows[..., half : half + width], v_scale)
+
+
+def _block_ids(pages: Pages, tables: Array, c: Array) -> Array:
+    per_block = BLOCK // pages.page_size
+    return jax.lax.dynamic_slice(tables, (0, c * per_block), (tables.shape[0], per_block))
+
+
+def _load(pool: Any, ids: Array) -> Any:
+    """Pages `ids[n, per_block]` of a pool side by side, `[n, heads, BLOCK, ..]`."""
+    if pool is None:
+        return None
+    x = pool[ids].swapaxes(1, 2)
+    return x.reshape(x.shape[0], x.shape[1], BLOCK, *x.shape[4:])
+
+
+def _load_scales(pages: PackedPages, ids: Array) -> Array | None:
+    """Scales of packed pages `[n, rows, BLOCK]`."""
+    if pages.scale is None:
+        return None
+    x = pages.scale[ids][..., : pages.page_size].swapaxes(1, 2)
+    return x.reshape(x.shape[0], x.shape[1], BLOCK)
 
 
 def scores(q: Array, k: Array, soft_cap: float | None) -> Array:
@@ -111,9 +123,13 @@ class _Attend:
             jnp.asarray, (pages, block_tables, query_starts, kv_lens, lo, hi)
         )
         tokens, q_heads, self.k_width = q.shape
-        self.kv_heads = pages.k.shape[1]
+        self.kv_heads = pages.kv_heads
         self.group = q_heads // self.kv_heads
-        self.v_width = value_width if pages.v is None else pages.v.shape[3]
+        self.value_width = value_width
+        if value_width is not None:
+            self.v_width = value_width
+        else:
+            self.v_width = self.k_width if isinstance(pages, PackedPages) else pages.v.shape[3]
         self.dtype = decode_dtype(pages)
         q = (q.astype(jnp.float32) * scale).astype(self.dtype)
         self.q = q.reshape(tokens, self.kv_heads, self.group, self.k_width)
@@ -128,9 +144,7 @@ class _Attend:
         `alive[n, BLOCK]` marks the slots that some row may see; the values elsewhere become zero,
         so that whatever they hold cannot reach a result.
         """
-        p = self.pages
-        k = load_block(p.k, p.k_scale, tables, c)
-        v = k[..., : self.v_width] if p.v is None else load_block(p.v, p.v_scale, tables, c)
+        k, v = load_block(self.pages, tables, c, self.k_width, self.value_width)
         return k, jnp.where(alive[:, None, :, None], v, 0)
 
     def _scores(self, q: Array, k: Array) -> Array:

@@ -1,21 +1,27 @@
 """Repositioning as one gather and one scatter: any platform, either layout."""
 
 import jax.numpy as jnp
-from jaxtyping import Array
 
 from kvjax.pallas_kernels.page_ops.pages import LayerPages, PackedPages, Pages
 from kvjax.pallas_kernels.page_ops.quantise import decode, encode
 from kvjax.pallas_kernels.page_ops.xla import load_rows, store_rows
+from kvjax.pallas_kernels.reposition.packed import moved_rows
 from kvjax.pallas_kernels.reposition.patches import dense
+from kvjax.pallas_kernels.reposition.rotation import moved_keys
 
 
 def reposition(
     pages: Pages, src_slots, dst_slots, cos, sin, *, patch_k, patch_v, frame, rotary_offset
 ) -> Pages:
     """See `kvjax.pallas_kernels.reposition`; `dst_slots=None` shifts keys in place."""
-    if isinstance(pages, PackedPages):
-        raise NotImplementedError("xla: packed pages")
     src = jnp.asarray(src_slots)
+    if isinstance(pages, PackedPages):
+        dst = src if dst_slots is None else jnp.asarray(dst_slots)
+        rows = load_rows(pages, src)
+        assert isinstance(rows, PackedPages)
+        cos, sin = jnp.asarray(cos), jnp.asarray(sin)
+        rows = moved_rows(rows, pages, cos, sin, patch_k, patch_v, frame, rotary_offset)
+        return store_rows(pages, rows, dst)
     stays = dst_slots is None and patch_v is None
     held = LayerPages(pages.k, None, pages.k_scale, None) if stays else pages
     rows = load_rows(held, src)
@@ -30,20 +36,3 @@ def reposition(
     stored = store_rows(held, LayerPages(k, v, k_scale, v_scale), dst)
     assert isinstance(stored, LayerPages)
     return LayerPages(stored.k, pages.v, stored.k_scale, pages.v_scale) if stays else stored
-
-
-def moved_keys(k: Array, cos, sin, patch: Array | None, frame: str, offset: int) -> Array:
-    """Float32 keys `[tokens, kv_heads, width]`, patched and rotated: shared arithmetic."""
-    k = k.astype(jnp.float32)
-    if patch is not None and frame == "source":
-        k = k + patch
-    k = rotate(k, jnp.asarray(cos), jnp.asarray(sin), offset)
-    return k + patch if patch is not None and frame == "target" else k
-
-
-def rotate(k: Array, cos: Array, sin: Array, offset: int) -> Array:
-    """Keys with the channel pairs `offset + i`, `offset + half + i` turned."""
-    cos, sin, half = cos[:, None], sin[:, None], cos.shape[1]
-    before, first, second, after = jnp.split(k, (offset, offset + half, offset + 2 * half), axis=-1)
-    turned = (first * cos - second * sin, second * cos + first * sin)
-    return jnp.concatenate([before, *turned, after], axis=-1)

@@ -3,7 +3,8 @@
 Needs the CUDA plugin and PJRT of the installed jax (`jax-cuda13-plugin`, `jax-cuda13-pjrt`) and
 `nvidia-cuda-nvcc nvidia-nvvm nvidia-cuda-runtime nvidia-cuda-cupti nvidia-nvjitlink`; no driver.
 It proves that a kernel compiles to a cubin, fits shared memory, works in place and copies no pool;
-it proves neither numbers nor speed. LLVM may abort the process on what it cannot select, so the
+it proves neither numbers nor speed, and no case bounds bytes: this compiler counts none
+(`cost_analysis` is empty). LLVM may abort the process on what it cannot select, so the
 cases run in a child that is started again after an abort.
 """
 
@@ -126,6 +127,33 @@ def layer_pages(
     return LayerPages(pool, pool, scale, scale), pool
 
 
+def cascade(target: Target, model: str, *, seqs: int = 32, page_size: int = 64) -> dict[str, Any]:
+    """`cascade_attention` for one token of each of `seqs` sequences, in any groups."""
+    import jax.numpy as jnp
+    import numpy as np
+
+    from kvjax.pallas_kernels import LayerPages, cascade_attention
+
+    q_heads, kv_heads, head_dim, _ = MODELS[model]
+    pool = target.array((16384, kv_heads, page_size, head_dim), np.uint16)
+
+    def call(q, pages, tables, starts, kv_lens, lo, hi, group_starts, prefix_lens):
+        return cascade_attention(
+            q, pages, tables, starts, kv_lens, lo, hi, group_starts=group_starts,
+            prefix_lens=prefix_lens, scale=head_dim**-0.5, max_query_len=1, backend="gpu",
+        )  # fmt: skip
+
+    ints = functools.partial(target.array, dtype=np.int32)
+    compiled = target.compile(
+        call,
+        target.array((seqs, q_heads, head_dim), jnp.bfloat16),
+        LayerPages(pool, pool),
+        ints((seqs, 256)), ints((seqs + 1,)), ints((seqs,)), ints((seqs,)), ints((seqs,)),
+        ints((seqs + 1,)), ints((seqs,)),
+    )  # fmt: skip
+    return check(compiled, pool, pools=2, in_place=0)
+
+
 def page_copy(
     target: Target, model: str, *, page_size: int = 64, dtype: str = "uint16"
 ) -> dict[str, Any]:
@@ -192,6 +220,7 @@ def check(
     """
     one = pool.size * pool.dtype.itemsize
     memory = compiled.memory_analysis()
+    assert not (compiled.cost_analysis() or {}).get("bytes accessed"), "bytes could be bounded now"
     assert b"\x7fELF" in compiled.runtime_executable().serialize(), "no cubin in the executable"
     assert kernel is None or kernel in compiled.as_text(), f"no {kernel} kernel in the program"
     assert memory.alias_size_in_bytes == in_place * one + scales, (
@@ -246,6 +275,7 @@ def cases() -> Iterator[tuple[str, Callable[[Target], dict[str, Any]]]]:
         "mask, cap, sinks",
         functools.partial(llama, max_query_len=None, words=2, sinks=True, soft_cap=30.0),
     )
+    yield "cascade of 32", functools.partial(cascade, model="Llama-3-8B")
     yield "tree of 16", functools.partial(llama, tokens=128, max_query_len=16, words=1)
     yield "bfloat16 pool", functools.partial(llama, max_query_len=None, dtype="bfloat16")
     for page_size in (16, 32, 128):

@@ -149,7 +149,7 @@ def test_a_stage_from_outside_runs_in_its_place_for_the_rows_that_ask():
     table = list(LOGIT_STAGES)
     try:
         register_stage(Cooling(), before="temperature")
-        assert [stage.name for stage in LOGIT_STAGES].index("cooling") == 4
+        assert [stage.name for stage in LOGIT_STAGES].index("cooling") == 5
         asks = SamplingParams(temperature=0, extra_args={"cooling": 3})
         cases = [(asks, [], [], []), (SamplingParams(temperature=0), [], [], [])]
         logits = np.random.default_rng(0).standard_normal((ROWS, VOCAB)).astype(np.float32)

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from kvjax.cache.pages import KVPages, KVView
+from kvjax.cache.pages import KVPages, KVView, PageLayout
 from kvjax.models import Transformer, kv_spec
 
 PAGE_SIZE = 16
@@ -19,10 +19,10 @@ class PagedRun:
 
     def __init__(
         self, model: Transformer, *, num_seqs: int, max_len: int, max_tokens: int,
-        kv_dtype: str = "float32",
+        kv_dtype: str = "float32", layout: PageLayout = "split",
     ) -> None:  # fmt: skip
         self.model, self.max_tokens = model, max_tokens
-        self.spec = kv_spec(model.config, kv_dtype, PAGE_SIZE)
+        self.spec = kv_spec(model.config, kv_dtype, PAGE_SIZE, layout, model.sharding.ways)
         per_seq = -(-max_len // PAGE_SIZE)
         sharding = model.sharding
         self.pages = KVPages.allocate(

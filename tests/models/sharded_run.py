@@ -53,8 +53,10 @@ LATENT = UNEVEN | {
 }
 
 
-def compare(config: ModelConfig, ways: int, dtype: WeightDtype = "float32") -> dict[str, Any]:
-    """Prefill and greedy decoding with and without a mesh of `ways` devices."""
+def compare(
+    config: ModelConfig, ways: int, dtype: WeightDtype = "float32", **kv: Any
+) -> dict[str, Any]:
+    """Prefill and greedy decoding with and without a mesh of `ways` devices, KV kept as `kv`."""
     tensors = random_tensors(config)
     mesh = Mesh(np.asarray(jax.devices()[:ways]), ("model",))
     # In int8 the last bit of an activation can move it a whole step, so both sides run the same
@@ -64,7 +66,8 @@ def compare(config: ModelConfig, ways: int, dtype: WeightDtype = "float32") -> d
     split = load_model(config, tensors, dtype=dtype, num_positions=64, sharding=Sharding(mesh))
     ids = np.random.default_rng(0).integers(0, config.vocab_size, (2, PROMPT), dtype=np.int32)
     runs = [
-        PagedRun(model, num_seqs=2, max_len=64, max_tokens=2 * PROMPT) for model in (plain, split)
+        PagedRun(model, num_seqs=2, max_len=64, max_tokens=2 * PROMPT, **kv)
+        for model in (plain, split)
     ]
     new, decode, differences, margins, equal = {0: ids[0], 1: ids[1]}, False, [], [], []
     for _ in range(1 + DECODED):
@@ -106,11 +109,14 @@ def _shares(x: jax.Array) -> dict[str, Any]:
     }
 
 
-COMPARISONS: dict[str, tuple[dict[str, Any], int, WeightDtype]] = {
-    "smollm2": (SMOLLM2, 3, "float32"),
-    "uneven": (UNEVEN, 4, "float32"),
-    "smollm2-int8": (SMOLLM2, 3, "int8"),
-    "latent": (LATENT, 4, "float32"),
+PACKED = {"layout": "packed", "kv_dtype": "int8"}
+COMPARISONS: dict[str, tuple[dict[str, Any], int, WeightDtype, dict[str, Any]]] = {
+    "smollm2": (SMOLLM2, 3, "float32", {}),
+    "uneven": (UNEVEN, 4, "float32", {}),
+    "uneven-packed": (UNEVEN, 2, "float32", PACKED),
+    "smollm2-int8": (SMOLLM2, 3, "int8", {}),
+    "latent": (LATENT, 4, "float32", {}),
+    "latent-packed": (LATENT, 4, "float32", PACKED),
 }
 
 
@@ -118,8 +124,8 @@ def main() -> None:
     """Prints a JSON object with a key per comparison named on the command line."""
     results = {}
     for name in sys.argv[1:]:
-        hf, ways, dtype = COMPARISONS[name]
-        results[name] = compare(model_config(hf), ways, dtype)
+        hf, ways, dtype, kv = COMPARISONS[name]
+        results[name] = compare(model_config(hf), ways, dtype, **kv)
     print(json.dumps(results))
 
 

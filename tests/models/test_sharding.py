@@ -13,7 +13,7 @@ from jax.sharding import AbstractMesh, PartitionSpec
 from kvjax.models import Sharding, load_model, model_config
 from tests.models.sharded_run import COMPARISONS, SMOLLM2
 
-SLOW = ("smollm2-int8", "latent")
+SLOW = ("smollm2-int8", "latent", "latent-packed")
 
 
 def _run(*names: str) -> dict[str, Any]:

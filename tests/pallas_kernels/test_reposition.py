@@ -10,7 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import kvjax.pallas_kernels as kernels
-from kvjax.pallas_kernels import OPERATIONS, LayerPages, LowRank, rotary_tables
+from kvjax.pallas_kernels import (
+    OPERATIONS,
+    LayerPages,
+    LowRank,
+    pack_pages,
+    rotary_tables,
+    split_pages,
+)
 from kvjax.pallas_kernels.page_ops.reference import decode, encode
 
 PAGES, SIZE, HEADS, WIDTH, V_WIDTH = 5, 4, 3, 16, 8
@@ -109,6 +116,45 @@ def test_it_is_the_specification_and_nobody_else_is_read_or_written(
     got = jit_reposition(pages, src, dst, *tables(3, pairs), **options)
     want = reposition(pages, src, dst, *tables(3, pairs), **options, backend="reference")
     assert_close_pages(got, want, dst[dst >= 0])
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    moves,
+    st.sampled_from(list(KINDS)),
+    st.sampled_from(list(ROTARIES)),
+    st.sampled_from(["none", "dense", "low rank"]),
+    st.sampled_from(["source", "target"]),
+)
+def test_packed_pages_move_as_split_ones_do(move, kind, rotary, patch, frame):
+    src, dst, kept = move
+    offset, pairs = ROTARIES[rotary]
+    src = np.array(src, np.int32)
+    dst = np.where(kept, dst, -1).astype(np.int32)
+    latent = rotary == "latent"
+    pages = random_pages(1, KINDS[kind], latent, src[dst >= 0])
+    options = {"frame": frame, "rotary_offset": offset} | patches(2, patch, latent)
+    got = jit_reposition(pack_pages(pages), src, dst, *tables(3, pairs), **options)
+    want = reposition(pages, src, dst, *tables(3, pairs), **options, backend="reference")
+    assert_close_pages(split_pages(got, WIDTH, None if latent else V_WIDTH), want, dst[dst >= 0])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_packed_keys_are_shifted_in_place_beside_values_that_stay(kind):
+    pages = random_pages(7, KINDS[kind])
+    slots = np.array([3, 19, -1, 0, 8, -1], np.int32)
+    got = split_pages(jit_shift(pack_pages(pages), slots, *tables(8, 8)), WIDTH, V_WIDTH)
+    want = jit_shift(pages, slots, *tables(8, 8))
+    assert_close_pages(got, want, slots[slots >= 0])
+    np.testing.assert_array_equal(got.v, pages.v)
+
+
+def test_a_packed_scaled_head_that_may_be_latent_is_refused():
+    pages = pack_pages(jax.tree.map(lambda x: x[:, :1], random_pages(7, np.int8)))
+    slots = np.arange(TOKENS, dtype=np.int32)
+    with pytest.raises(ExceptionGroup) as caught:
+        reposition(pages, slots, slots, *tables(8, 8))
+    assert "may be a key beside its value or latent" in str(caught.value.exceptions[0])
 
 
 def test_values_without_a_patch_and_keys_without_a_rotation_keep_their_bits():
@@ -248,16 +294,19 @@ def test_a_planted_bug_is_caught(bug):
         del operation.implementations[bug.__name__]
 
 
+@pytest.mark.parametrize("layout", ["split", "packed"])
 @pytest.mark.parametrize("operation", ["move", "shift", "patch"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_donated_pool_is_updated_in_place(operation, kind):
+def test_a_donated_pool_is_updated_in_place(operation, kind, layout):
     """Result aliases the whole pool, and temporaries stay below one per cent of it."""
     shape = (4096, 3, 16, 64)
     scale: Any = None
     pool: Any = jax.ShapeDtypeStruct(shape, KINDS[kind])
     if kind in ("int8", "float8"):
         scale = jax.ShapeDtypeStruct(shape[:3], jnp.float32)
-    pages = LayerPages(pool, pool, scale, scale)
+    pages: Any = LayerPages(pool, pool, scale, scale)
+    if layout == "packed":
+        pages = jax.eval_shape(pack_pages, pages)
     slots, table = jax.ShapeDtypeStruct((8,), np.int32), jax.ShapeDtypeStruct((8, 32), np.float32)
     if operation == "shift":
         lowered = jax.jit(rotary_shift, donate_argnums=0).lower(pages, slots, table, table)

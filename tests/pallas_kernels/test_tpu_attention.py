@@ -167,10 +167,14 @@ def test_only_visible_pages_are_read():
     assert_matches(p, got)
 
 
-@pytest.mark.parametrize("name", ["bfloat16, lanes apart", "latent"])
-def test_xla_takes_packed_pages_too_where_values_have_no_scales(name):
-    p, _ = CASES[name]
-    assert_matches(p, attend(packed(p), backend="xla"))
+@pytest.mark.parametrize("name", CASES)
+def test_xla_gives_packed_pages_the_bits_of_split_ones(name):
+    p, max_query_len = CASES[name]
+    same = dataclasses.replace(p, pages=pack_pages(p.pages))
+    got = attend(same, backend="xla", max_query_len=max_query_len)
+    assert_matches(p, got)
+    for a, b in zip(got, attend(p, backend="xla", max_query_len=max_query_len), strict=True):
+        np.testing.assert_array_equal(a, b)
 
 
 def test_attention_mass_of_packed_pages_is_that_of_split_ones():

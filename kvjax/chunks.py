@@ -1,0 +1,260 @@
+"""Chunks of an engine: encoded when a prompt or a caller wants them, kept, pinned, counted.
+
+    a prompt misses a chunk      a request of its own encodes it, and the prompt waits for that
+    `put`                        the same ahead of time
+    a prompt is scheduled        `assemble` says what the stored variants do for it
+
+Only the thread that owns the engine may call this.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from kvjax.cache.chunks import ChunkStats, ChunkStore, Variant, VariantKey, tokens_hash
+from kvjax.errors import PromptTooLong, UnknownChunk
+from kvjax.request import RequestMetrics, SamplingParams
+from kvjax.reuse.assemble import Assembly, assemble
+from kvjax.reuse.strategy import ModelFacts, Prompt, Segment, Strategy, Tokens, context_hash
+from kvjax.schedule import Scheduler
+from kvjax.sequence import Request
+from kvjax.sequence import Sequence as Branch
+
+# Slots, and how far keys are turned on -> keys and values, f32[layers, tokens, kv_heads, width].
+ReadSlots = Callable[[np.ndarray, int | np.ndarray], tuple[np.ndarray, np.ndarray | None]]
+
+
+@dataclasses.dataclass(eq=False, slots=True)
+class _Job:
+    """A variant on its way."""
+
+    key: VariantKey
+    tokens: Tokens
+    context: Tokens
+    request: Request
+    strategies: list[Strategy]  # whom it is for
+
+
+class Chunks:
+    """The chunk store of one engine, and the requests that fill it."""
+
+    def __init__(
+        self, store: ChunkStore, facts: ModelFacts, scheduler: Scheduler,
+        discard: Callable[[Branch], None], max_model_len: int, read: ReadSlots,
+    ) -> None:  # fmt: skip
+        """`read(slots, shift)` gives the KV in these slots, keys turned by that many positions."""
+        self.store, self.facts = store, facts
+        self._scheduler, self._discard = scheduler, discard
+        self._max_model_len, self._read = max_model_len, read
+        self._jobs: dict[VariantKey, _Job] = {}
+        self._waiting: list[tuple[Request, list[VariantKey]]] = []
+        self._numbers = itertools.count()
+
+    # ---- for callers ------------------------------------------------------------------------
+
+    @property
+    def stats(self) -> ChunkStats:
+        """What is stored, and counts so far."""
+        return self.store.stats
+
+    def pin(self, tokens: Sequence[int], salt: str | None = None) -> int:
+        """Keeps a chunk from being evicted; the number of its variants. `unpin` undoes it.
+
+        Raises:
+          UnknownChunk: no KV is stored for these tokens.
+        """
+        return self.store.pin(salt, tokens_hash(tokens))
+
+    def unpin(self, tokens: Sequence[int], salt: str | None = None) -> int:
+        """Lets a pinned chunk be evicted again. Raises as `pin` does."""
+        return self.store.pin(salt, tokens_hash(tokens), by=-1)
+
+    def read(self, variant: Variant) -> tuple[np.ndarray, np.ndarray | None]:
+        """Its keys and values, float32 `[layers, tokens, kv_heads, width]`, keys turned back to
+        positions from 0; no values for a latent. Blocks until they are computed.
+
+        Raises:
+          UnknownChunk: it is not stored, or no longer.
+        """
+        if self.store.get(variant.key) is not variant:
+            raise UnknownChunk(f"no KV is stored for chunk {variant.key.chunk}")
+        slots = variant.slots(0, variant.num_tokens, self._scheduler.pool.page_size)
+        return self._read(slots, -variant.base)
+
+    # ---- for the engine ---------------------------------------------------------------------
+
+    @property
+    def busy(self) -> bool:
+        """Whether prompts wait for chunks, or finished ones are to be stored."""
+        return bool(self._waiting or self._jobs)
+
+    def hold_back(self, request: Request) -> bool:
+        """Starts encoding what `request` wants and does not find; whether it has to wait."""
+        strategy: Strategy | None = request.strategy
+        if strategy is None or not request.chunk_spans:
+            return False
+        prompt, keys = self.prompt(request, request.sequences[0].num_prompt, 0), []
+        for number in range(len(prompt.segments)):
+            context = strategy.wanted(prompt, number, self.store)
+            if context is not None:
+                tokens = prompt.chunk_tokens(number)
+                key = self.encode(tokens, context, request.params.cache_salt, strategy, request)
+                if key is not None:
+                    keys.append(key)
+        if keys:
+            self._waiting.append((request, keys))
+        return bool(keys)
+
+    def encode(
+        self, tokens: Tokens, context: Tokens, salt: str | None, strategy: Strategy,
+        like: Request | None = None,
+    ) -> VariantKey | None:  # fmt: skip
+        """Queues the encoding of a variant; None if it is there, or will not be let in."""
+        key = VariantKey(salt, tokens_hash(tokens), context_hash(context))
+        if (variant := self.store.get(key)) is not None:
+            strategy.annotate(variant, lambda: self._unrotated(variant))
+            return None
+        if key in self._jobs:
+            self._jobs[key].strategies.append(strategy)
+            return key
+        total = len(context) + len(tokens)
+        size = self._scheduler.pool.page_size
+        if total >= self._max_model_len or not self.store.admits(-(-total // size)):
+            return None
+        params = SamplingParams(
+            max_tokens=1, cache_salt=salt, priority=0 if like is None else like.params.priority
+        )
+        request = Request(
+            request_id=f"chunk-{next(self._numbers)}",
+            prompt_ids=(*context, *tokens),
+            params=params,
+            seed=0,
+            metrics=RequestMetrics(arrival_time=self._scheduler.clock()),
+            arrival=-1 if like is None else like.arrival,
+            samples=False,
+        )
+        request.sequences.append(
+            Branch(request, [*context, *tokens], num_prompt=total, keeps_pages=True)
+        )
+        self._jobs[key] = _Job(key, tokens, context, request, [strategy])
+        self._scheduler.add(request.sequences[0])
+        return key
+
+    def keep_output(self, sequence: Branch) -> int:
+        """Stores what a parked sequence has generated as a chunk, with the KV that decoding wrote;
+        how many variants: an output that ends in an end token is one also without it.
+
+        The output of an approximate prompt is another variant than that of the exact one.
+        """
+        output, start = sequence.output_ids, sequence.num_prompt
+        assembly, salt = sequence.assembly, sequence.request.params.cache_salt
+        lineage = "exact" if assembly is None else assembly.lineage
+        context = tuple(sequence.tokens[:start])
+        behind = context_hash(context) + ("" if lineage == "exact" else f"/{lineage}")
+        ends = output[-1:] and output[-1] in sequence.end_token_ids
+        stored = 0
+        for tokens in (output, output[:-1]) if ends else (output,):
+            count = min(len(tokens), sequence.num_computed - start)
+            if count <= 0:
+                continue
+            size = self._scheduler.pool.page_size
+            variant = Variant(
+                key=VariantKey(salt, tokens_hash(tokens), behind),
+                tokens=np.asarray(tokens[:count], np.int64),
+                base=start,
+                page_ids=sequence.page_ids[start // size : -(-(start + count) // size)],
+                first=start % size,
+                lineage=lineage,
+                context_ids=context,
+                tail=tokens[count:],
+                facts={"born": "decode"},
+            )
+            stored += self.store.put(variant)
+        return stored
+
+    def settle(self) -> list[Request]:
+        """Stores what has been encoded; the prompts that waited for it and can go on."""
+        for job in [job for job in self._jobs.values() if job.request.finished]:
+            del self._jobs[job.key]
+            (sequence,) = job.request.sequences
+            if sequence.num_computed >= len(sequence.tokens):
+                self._store(self._variant(job, sequence), job.strategies)
+            self._discard(sequence)
+        ready = [
+            request
+            for request, keys in self._waiting
+            if request.finished or not any(key in self._jobs for key in keys)
+        ]
+        self._waiting = [entry for entry in self._waiting if entry[0] not in ready]
+        return [r for r in ready if not r.finished]
+
+    def _store(self, variant: Variant, strategies: Sequence[Strategy]) -> None:
+        if self.store.put(variant):
+            for strategy in strategies:
+                strategy.annotate(variant, lambda: self._unrotated(variant))
+
+    def _unrotated(self, variant: Variant) -> tuple[np.ndarray, np.ndarray | None]:
+        """Its KV as `kvjax.reuse.strategy.ReadKV` says. Waits for the device."""
+        slots = variant.slots(0, variant.num_tokens, self._scheduler.pool.page_size)
+        return self._read(slots, -(variant.base + np.arange(variant.num_tokens, dtype=np.int32)))
+
+    def _variant(self, job: _Job, sequence: Branch) -> Variant:
+        size, start = self._scheduler.pool.page_size, len(job.context)
+        return Variant(
+            key=job.key,
+            tokens=np.asarray(job.tokens, np.int64),
+            base=start,
+            page_ids=list(sequence.page_ids[start // size :]),
+            first=start % size,
+            context_ids=job.context,
+        )
+
+    def prompt(self, request: Request, num_prompt: int, exact: int) -> Prompt:
+        """What strategies see of a request."""
+        ids = request.prompt_ids[:num_prompt]
+        return Prompt(
+            tokens=ids,
+            segments=tuple(Segment(a, b, tokens_hash(ids[a:b])) for a, b in request.chunk_spans),
+            salt=request.params.cache_salt,
+            model=self.facts,
+            num_exact=exact,
+            options=request.params.extra_args or {},
+        )
+
+    def assemble(self, sequence: Branch, exact: int) -> Assembly | None:
+        """How stored chunks serve a sequence; None: not at all."""
+        request = sequence.request
+        if request.strategy is None or sequence.num_prompt != len(request.prompt_ids):
+            return None
+        return assemble(
+            request.strategy, self.prompt(request, sequence.num_prompt, exact), self.store
+        )
+
+    def forget(self) -> None:
+        """The device lost every page: the store is empty, jobs start over with the others."""
+        self.store.clear()
+
+    def put(
+        self, tokens: Tokens, context: Tokens = (), salt: str | None = None,
+        strategy: Strategy | None = None,
+    ) -> bool:  # fmt: skip
+        """Queues the encoding of a chunk ahead of any prompt; whether it is on its way or there.
+
+        `strategy` annotates it once it is stored.
+
+        Raises:
+          ValueError: there are no tokens.
+          PromptTooLong: they do not fit the context.
+        """
+        if not tokens:
+            raise ValueError("a chunk needs at least one token, got none")
+        if len(context) + len(tokens) >= self._max_model_len:
+            raise PromptTooLong(
+                f"the chunk has {len(context) + len(tokens)} tokens with its context; "
+                f"max_model_len={self._max_model_len} allows {self._max_model_len - 1}"
+            )
+        key = self.encode(tokens, context, salt, strategy or Strategy())
+        wanted = VariantKey(salt, tokens_hash(tokens), context_hash(context))
+        return key is not None or self.store.get(wanted) is not None

@@ -1,0 +1,124 @@
+"""`kvjax reuse check`: what approximate reuse of KV costs a model, measured and kept."""
+
+import argparse
+
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from kvjax.benchmarks import corpora, intervals, reuse_measure
+from kvjax.benchmarks.corpora import Corpus
+from kvjax.benchmarks.reuse_measure import EngineInstrument
+from kvjax.benchmarks.reuse_reading import Reading
+from kvjax.build import verdicts
+from kvjax.cli.options import add_engine, open_llm
+from kvjax.reuse import STRATEGIES, Strategy, parse
+from kvjax.reuse.gate import Verdict
+
+HELP = "measure what reuse of KV costs a model, and let it serve"
+EPILOG = """\
+`check` compares each strategy with the model's own full prefill on prompts whose passages refer to
+one another, and keeps the verdicts in the cache folder. A strategy whose mean KL divergence is at
+most --max-reuse-loss may then serve this model with this KV type; others are refused.
+Exit status: 0 if all of them may, 1 if not.
+
+examples:
+  kvjax reuse check smollm2-135m --reuse epic:k=16 --reuse cacheblend:ratio=0.15
+  kvjax reuse check smollm2-135m --items 8 --dtype float32
+"""
+
+CORPUS, ITEMS = "binding", 16
+_CONTROLS = ("naive_no_rotation", "random", "oracle")  # to compare with, not to serve by
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of the command."""
+    parser.add_argument("action", choices=("check",))
+    parser.add_argument("model", metavar="MODEL")
+    parser.add_argument(
+        "--items", type=int, default=ITEMS, metavar="N", help=f"prompts (default: {ITEMS})"
+    )
+    parser.conflict_handler = "resolve"  # `--reuse` of other commands is one spec
+    add_engine(parser)
+    parser.add_argument(
+        "--reuse", action="append", metavar="SPEC", dest="specs",
+        help="name or name:option=value,...; may be repeated; default: "
+        + ", ".join(strategy.spec for strategy in _candidates()),
+    )  # fmt: skip
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs the command."""
+    chosen = [parse(spec) for spec in args.specs] if args.specs else _candidates()
+    for strategy in chosen:
+        if not strategy.approximate:
+            raise ValueError(f"{strategy.spec} is exact: there is nothing to measure")
+    if args.items < 1:
+        raise ValueError(f"--items must be at least 1, got {args.items}")
+    args.force_reuse = True
+    llm = open_llm(args)
+    corpus = corpora.build(CORPUS)
+    instrument = EngineInstrument(llm, reuse_measure.about(llm, args.model))
+    readings = measure(instrument, corpus, chosen, args.items, quiet=args.quiet)
+    store = verdicts(llm.checkpoint, llm.engine.config)
+    found = [verdict(instrument, corpus, strategy, readings) for strategy in chosen]
+    for strategy, one in zip(chosen, found, strict=True):
+        store.write(strategy, one)
+    Console().print(table(found, args.max_reuse_loss))
+    return int(any(one.loss > args.max_reuse_loss for one in found))
+
+
+def measure(
+    instrument: EngineInstrument, corpus: Corpus, chosen: list[Strategy], items: int, *, quiet: bool
+) -> dict[str, list[Reading]]:
+    """Readings of each strategy, and of naive reuse, over the first `items` of a corpus."""
+    specs = list(dict.fromkeys(["naive", *(strategy.spec for strategy in chosen)]))
+    instrument.begin(corpus, specs)
+    readings: dict[str, list[Reading]] = {spec: [] for spec in specs}
+    progress = Console(stderr=True)
+    for item in track(
+        corpus.items[:items], "measuring", console=progress,
+        disable=quiet or not progress.is_terminal,
+    ):  # fmt: skip
+        for spec in specs:
+            readings[spec].append(instrument.measure(item, spec))
+    return readings
+
+
+def verdict(
+    instrument: EngineInstrument,
+    corpus: Corpus,
+    strategy: Strategy,
+    readings: dict[str, list[Reading]],
+) -> Verdict:
+    """The verdict that readings of a strategy and of "naive" make."""
+    losses = [reading.kl_answer for reading in readings[strategy.spec]]
+    naive = [reading.kl_answer for reading in readings["naive"]]
+    mean = intervals.mean(losses)
+    recovery = intervals.recovery(losses, naive).value if sum(naive) > 0 else None
+    return Verdict(
+        strategy=strategy.spec,
+        loss=mean.value,
+        loss_interval=(mean.low, mean.high),
+        recovery=recovery,
+        corpus=corpus.name,
+        corpus_digest=corpus.digest,
+        items=len(losses),
+        about=dict(instrument.about()),
+    )
+
+
+def table(found: list[Verdict], max_loss: float) -> Table:
+    """Losses and what they mean for serving."""
+    shown = Table("strategy", "loss (nats/token)", "95 % interval", "recovery", "may serve")
+    for one in found:
+        low, high = one.loss_interval
+        recovery = "-" if one.recovery is None else f"{one.recovery:.1%}"
+        passes = "yes" if one.loss <= max_loss else f"no: above {max_loss:g}"
+        shown.add_row(one.strategy, f"{one.loss:.4f}", f"{low:.4f}..{high:.4f}", recovery, passes)
+    return shown
+
+
+def _candidates() -> list[Strategy]:
+    """Approximate strategies at their defaults."""
+    return [s() for name, s in STRATEGIES.items() if s.approximate and name not in _CONTROLS]

@@ -1,0 +1,55 @@
+"""Programs beside the step: moving stored chunks, staged prefills, reading KV, scoring tokens.
+
+Each is a function of the model and the pages; the runner compiles one per key, at first use.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from kvjax.cache.pages import KVSpec
+from kvjax.readout import ScoreShape, run_rows
+from kvjax.reuse.forward import StagedShape, run_staged
+from kvjax.reuse.move import move_chunks
+from kvjax.reuse.pack import MoveShape, empty_batch, empty_move
+from kvjax.reuse.read import ReadShape, read_slots
+
+SideKey = MoveShape | StagedShape | ReadShape | ScoreShape
+
+
+class SideProgram(NamedTuple):
+    """What is compiled for a key."""
+
+    run: Callable[..., Any]  # of the model, the pages and the arguments
+    arguments: tuple[Any, ...]  # arrays of the right shapes
+    consumes_pages: bool
+
+
+def side_program(key: SideKey, spec: KVSpec, num_layers: int, pages_per_seq: int) -> SideProgram:
+    """The program of a key."""
+
+    def move(model, pages, *arrays):
+        return move_chunks(model, pages, *arrays, frame=getattr(key, "frame", "source"))
+
+    def staged(model, pages, batch):
+        assert isinstance(key, StagedShape)
+        return run_staged(model, pages, spec, key, batch)
+
+    def read(model, pages, slots, shifts):
+        return read_slots(model, pages, spec, slots, shifts)
+
+    def score(model, pages, *arrays):
+        return run_rows(model, pages, spec, *arrays)
+
+    match key:
+        case MoveShape():
+            return SideProgram(move, empty_move(key, num_layers, spec), True)
+        case StagedShape():
+            return SideProgram(staged, (empty_batch(key, pages_per_seq),), True)
+        case ReadShape():
+            return SideProgram(read, (np.zeros(key.tokens, np.int32),) * 2, False)
+        case ScoreShape():
+            table, number = np.zeros((1, pages_per_seq), np.int32), np.zeros((), np.int32)
+            arguments = (np.zeros(key.rows, np.int32), number, number, table)
+            return SideProgram(score, arguments, True)

@@ -1,0 +1,94 @@
+"""CacheClip (arXiv 2510.10129): chunks encoded behind one shared prefix, and windows of the tokens
+that a small model's question attends to run again.
+
+The shared prefix takes the place of each chunk's own sink; its KV is in the prompt once. A token is
+chosen by attention of the question, softmax over its chunk, in the mean over heads and rows, the
+best `ratio` over all chunks; then windows of 8 tokens with 5 chosen ones are run whole, and lonely
+ones are dropped (8 and 5 are a re-implementation's).
+
+The paper's selector is a second model, its last layer. Here it is the model itself, cut behind its
+first `selector_layers`: the question runs over the stored KV up to there. It is the weaker selector
+by the paper's own measurement; a second model is not wired in.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import ClassVar
+
+from kvjax.cache.chunks import Variant
+from kvjax.reuse.cacheblend import CacheBlend
+from kvjax.reuse.plan import Spans, Stage, StagedPlan, TopK, rest_of
+from kvjax.reuse.strategy import (
+    CanonicalChunks,
+    Found,
+    Hit,
+    Prompt,
+    Tokens,
+    context_hash,
+    count_of,
+    ratio_of,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class CacheClip(CanonicalChunks):
+    """Windows around the `ratio` of reused tokens that the question attends to most.
+
+    How many tokens windows make of that is in the report. A prompt without text behind its last
+    chunk has no question; its tokens are then chosen as CacheBlend does, by deviation in layer 1.
+
+    Args:
+      ratio: of reused tokens that are chosen before they are grouped; the paper's 0.2.
+      window: tokens of a window.
+      least: chosen tokens that a window needs.
+      selector_layers: of the model that select; None is half of them.
+      prefix: what chunks are encoded behind. None: the text in front of the prompt's first chunk;
+        then `LLM.put_chunks`, which sees no prompt, encodes chunks behind nothing.
+    """
+
+    name: ClassVar[str] = "cacheclip"
+    query_aware: ClassVar[bool] = True
+    ratio: float = 0.2
+    window: int = 8
+    least: int = 5
+    selector_layers: int | None = None
+    prefix: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        ratio_of("ratio", self.ratio)
+        count_of("window", self.window, 1)
+        count_of("least", self.least, 1)
+        if self.least > self.window:
+            raise ValueError(f"least must be at most {self.window=}, got {self.least}")
+        if self.selector_layers is not None:
+            count_of("selector_layers", self.selector_layers, 1)
+
+    def enrich(self, tokens: Tokens, corpus: Sequence[Tokens]) -> Tokens:
+        """The shared prefix, where it is given."""
+        return self.prefix or ()
+
+    def wanted(self, prompt: Prompt, number: int, found: Found) -> Tokens | None:
+        """The shared prefix."""
+        if self.prefix is not None:
+            return self.prefix
+        return prompt.tokens[: prompt.segments[0].start]
+
+    def look_up(self, prompt: Prompt, number: int, found: Found) -> Variant | None:
+        """The variant behind the shared prefix."""
+        key = context_hash(self.wanted(prompt, number, found) or ())
+        return found.variants(prompt.salt, prompt.segments[number].chunk).get(key)
+
+    def select(self, prompt: Prompt, hits: Sequence[Hit]) -> Spans | StagedPlan:
+        """A pass of the text without KV through the selector, then one with the windows as well."""
+        spans = tuple((hit.start, hit.stop) for hit in hits)
+        reused, layers = sum(b - a for a, b in spans), prompt.model.num_layers
+        k = int(self.ratio * reused)
+        if self.ratio == 1 or not k:
+            return Spans(spans if self.ratio == 1 else ())
+        start, stop = prompt.question
+        if start == stop:
+            return CacheBlend(ratio=self.ratio).select(prompt, hits)
+        text = Spans(rest_of(spans, prompt.num_exact, prompt.num_tokens - 1))
+        selector = min(self.selector_layers or -(-layers // 2), layers)
+        best = TopK("question_attention_within", k, window=(self.window, self.least))
+        return StagedPlan((Stage(0, selector, text), Stage(0, layers, best)))

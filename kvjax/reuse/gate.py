@@ -1,0 +1,124 @@
+"""The quality gate: approximate reuse serves a model that was measured to bear it.
+
+`kvjax reuse check` measures a strategy against the same model's full prefill and keeps the verdict
+in the cache folder, by weights, KV type and strategy. A strategy with `approximate=True` is refused
+without one, or where its loss is above `EngineConfig.max_reuse_loss`.
+"""
+
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from kvjax.errors import ReuseRefused
+from kvjax.reuse.strategy import Strategy
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Verdict:
+    """What a strategy was measured to cost one model."""
+
+    strategy: str  # its spec
+    loss: float  # mean KL(full prefill || reuse) over greedy answers, nats per token
+    loss_interval: tuple[float, float]
+    recovery: float | None  # 1 - loss / the loss of naive reuse; None if that is zero
+    corpus: str
+    corpus_digest: str
+    items: int
+    about: dict[str, Any]  # model, device, versions
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.loss, int | float) or not (
+            math.isfinite(self.loss) and self.loss >= 0
+        ):
+            raise ValueError(f"a loss must be finite and not negative, got {self.loss!r}")
+
+
+class Verdicts:
+    """Verdicts on one model with one KV type, a file each.
+
+    `fingerprint` is asked for when a verdict is first read or written: it reads the weights.
+    """
+
+    def __init__(self, folder: Path, fingerprint: Callable[[], str], kv_dtype: str) -> None:
+        self._folder, self._fingerprint, self._kv_dtype = folder, fingerprint, kv_dtype
+
+    def path(self, strategy: Strategy) -> Path:
+        """Where the verdict on a strategy is kept."""
+        model = self._fingerprint()
+        key = json.dumps([model, self._kv_dtype, strategy.spec])
+        digest = hashlib.blake2b(key.encode(), digest_size=8).hexdigest()
+        return self._folder / f"{model[:16]}-{self._kv_dtype}" / f"{strategy.name}-{digest}.json"
+
+    def read(self, strategy: Strategy) -> Verdict | None:
+        """The verdict; None if there is none.
+
+        Raises:
+          ReuseRefused: the file is there and is no verdict.
+        """
+        path = self.path(strategy)
+        try:
+            fields = json.loads(path.read_text(encoding="utf-8"))
+            return Verdict(**{**fields, "loss_interval": tuple(fields["loss_interval"])})
+        except FileNotFoundError:
+            return None
+        except (ValueError, TypeError, KeyError) as error:
+            raise ReuseRefused(f"{path} is no verdict ({error}); measure it again") from error
+
+    def write(self, strategy: Strategy, verdict: Verdict) -> Path:
+        """Keeps a verdict in place of an older one; where."""
+        path = self.path(strategy)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, suffix=".part")
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            json.dump(dataclasses.asdict(verdict), file, indent=1)
+        os.replace(name, path)
+        return path
+
+
+class Gate:
+    """Lets strategies through to one model. `forced`: all of them, measured or not."""
+
+    def __init__(self, verdicts: Verdicts, max_loss: float, *, forced: bool = False) -> None:
+        self._verdicts, self._max_loss, self._forced = verdicts, max_loss, forced
+        self._losses: dict[str, float | None] = {}  # of what was let through
+
+    def check(self, strategy: Strategy) -> None:
+        """Does nothing for a strategy that may serve.
+
+        Raises:
+          ReuseRefused: it is approximate, and was measured to lose too much, or not at all.
+        """
+        if not strategy.approximate or strategy.spec in self._losses:
+            return
+        verdict = None
+        try:
+            verdict = self._verdicts.read(strategy)
+        except ReuseRefused:
+            if not self._forced:
+                raise
+        if not self._forced:
+            self._refuse(strategy, verdict)
+        self._losses[strategy.spec] = None if verdict is None else verdict.loss
+
+    def loss(self, strategy: Strategy) -> float | None:
+        """The measured loss of a strategy that was let through; None if it is not known."""
+        return self._losses.get(strategy.spec)
+
+    def _refuse(self, strategy: Strategy, verdict: Verdict | None) -> None:
+        if verdict is None:
+            raise ReuseRefused(
+                f"{strategy.spec} is approximate and was not measured on this model: run "
+                f"`kvjax reuse check MODEL --reuse {strategy.spec}`, or force_reuse=True"
+            )
+        if verdict.loss > self._max_loss:
+            raise ReuseRefused(
+                f"{strategy.spec} loses {verdict.loss:.4f} nats per token on this model "
+                f"({verdict.corpus}, {verdict.items} items); "
+                f"max_reuse_loss={self._max_loss:g}"
+            )

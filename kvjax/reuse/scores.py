@@ -1,0 +1,137 @@
+"""What selectors rank reused tokens by, computed on the device between two stages.
+
+A score sees one layer: the KV that was stored for the rows of the stage, the KV that the stage has
+just computed for them, and the attention that they pay. It gives one number per candidate; those of
+candidates that the stage did not run are not looked at, unless the score is about keys.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from kvjax.cache.pages import KVView
+from kvjax.models import Transformer
+from kvjax.pallas_kernels import Pages, attention_mass, paged_attention
+
+
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """One layer of a stage, once its rows have been run. R rows among C candidates."""
+
+    model: Transformer
+    number: int
+    pages: Pages  # as they are now
+    view: KVView  # of the rows
+    hidden: Float[Array, "rows hidden"]  # entering the layer
+    positions: Int[Array, " rows"]
+    ids: Int[Array, " rows"]  # candidate of each row, -1 is padding
+    indices: Int[Array, " candidates"]  # place of each candidate in the prompt, -1 is padding
+    question: Bool[Array, " candidates"]  # text behind the last chunk
+    chunks: Int[Array, "chunks 2"]  # spans of the hits, (0, 0) is padding
+    old: tuple[Array, Array | None]  # stored KV of the rows, [rows, kv_heads, width]
+    new: tuple[Array, Array | None]
+
+    def to_candidates(self, rows: Float[Array, " rows"]) -> Float[Array, " candidates"]:
+        """One number per row as one per candidate, zero for the others."""
+        out = jnp.zeros(self.indices.shape, rows.dtype)
+        at = jnp.where(self.ids < 0, self.indices.shape[0], self.ids)
+        return out.at[at].set(rows, mode="drop")
+
+    def columns(self, observers: Bool[Array, " rows"], *, within: Array | None = None) -> Array:
+        """What each candidate's key is attended to by the rows that observe, summed over heads.
+
+        `within` is a span of indices: softmax over these keys alone; None: over all visible ones.
+        """
+        q, _, _ = self.model.project(self.number, self.hidden, self.positions)
+        lo, hi = self.view.visible_lo, self.view.visible_hi
+        if within is not None:
+            lo, hi = jnp.maximum(lo, within[0]), jnp.minimum(hi, within[1])
+        hi = jnp.where(observers & (self.ids >= 0), hi, 0)
+        lo = jnp.minimum(lo, hi)
+        c = self.model.config
+        options = {"scale": c.scale, "soft_cap": c.attention_soft_cap}
+        width = c.latent.kv_lora_rank if c.latent else None
+        starts = jnp.array([0, q.shape[0]], jnp.int32)
+        arguments = (self.view.block_tables, starts, self.view.kv_lens, lo, hi)
+        _, lse = paged_attention(
+            q, self.pages, *arguments, return_lse=True, value_width=width, **options
+        )
+        mass = attention_mass(q, lse, self.pages, *arguments, value_width=width, **options)
+        at = jnp.where(self.indices < 0, mass.columns.shape[1], self.indices)
+        return mass.columns[0].at[at].get(mode="fill", fill_value=0.0)
+
+
+Score = Callable[[Layer], Array]
+
+
+def _squared(a: Array, b: Array) -> Array:
+    return jnp.square(a.astype(jnp.float32) - b.astype(jnp.float32)).sum(axis=(1, 2))
+
+
+def key_deviation(layer: Layer) -> Array:
+    """Squared distance of new and stored keys, both as they are rotated."""
+    return layer.to_candidates(_squared(layer.new[0], layer.old[0]))
+
+
+def value_deviation(layer: Layer) -> Array:
+    """Squared distance of new and stored values (of keys where there are no values: latent)."""
+    old, new = layer.old[1], layer.new[1]
+    if old is None or new is None:
+        return key_deviation(layer)
+    return layer.to_candidates(_squared(new, old))
+
+
+def value_angle(layer: Layer) -> Array:
+    """1 - cosine between new and stored values, over all heads (keys where there are no values)."""
+    old, new = layer.old, layer.new
+    pair = (old[0], new[0]) if old[1] is None or new[1] is None else (old[1], new[1])
+    a, b = (x.astype(jnp.float32).reshape(x.shape[0], -1) for x in pair)
+    norms = jnp.linalg.norm(a, axis=1) * jnp.linalg.norm(b, axis=1)
+    cosine = (a * b).sum(axis=1) / jnp.maximum(norms, 1e-30)
+    return layer.to_candidates(jnp.maximum(1 - cosine, 0))
+
+
+def kv_deviation(layer: Layer) -> Array:
+    """The sum of both."""
+    if layer.old[1] is None:
+        return key_deviation(layer)
+    return key_deviation(layer) + value_deviation(layer)
+
+
+def _observing(layer: Layer) -> Array:
+    return layer.question[jnp.maximum(layer.ids, 0)]
+
+
+def question_attention(layer: Layer) -> Array:
+    """Attention of the question over all it sees, by key."""
+    return layer.columns(_observing(layer))
+
+
+def question_attention_within(layer: Layer) -> Array:
+    """The same, softmax over each chunk by itself (FusionRAG, arXiv 2601.12904, section 4)."""
+    observers = _observing(layer)
+    each = jax.lax.map(lambda span: layer.columns(observers, within=span), layer.chunks)
+    return each.sum(axis=0)
+
+
+def attention_value_deviation(layer: Layer) -> Array:
+    """Attention that a key gets from all rows, times the L1 distance of new and stored values (of
+    keys for latent KV): KVShare, arXiv 2503.16525 v2."""
+    old, new = (kv[0] if kv[1] is None else kv[1] for kv in (layer.old, layer.new))
+    distance = jnp.abs(new.astype(jnp.float32) - old.astype(jnp.float32)).sum(axis=(1, 2))
+    return layer.columns(layer.ids >= 0) * layer.to_candidates(distance)
+
+
+# By the name that `TopK.score` gives; one from outside is one more entry.
+SCORES: dict[str, Score] = {
+    "key_deviation": key_deviation,
+    "value_deviation": value_deviation,
+    "kv_deviation": kv_deviation,
+    "attention_value_deviation": attention_value_deviation,
+    "value_angle": value_angle,
+    "question_attention": question_attention,
+    "question_attention_within": question_attention_within,
+}

@@ -1,0 +1,251 @@
+"""What a reuse strategy is: hooks, each optional, over one prompt and what is stored of it.
+
+    enrich      behind which context a chunk's KV is computed, ahead of time
+    wanted      ... and at the latest when a prompt misses it
+    annotate    what is worked out once from stored KV, and kept with it
+    look_up     which stored variant serves a chunk of this prompt
+    rotates     whether keys are turned to their new positions (every sane strategy does)
+    patch       what is added to stored KV on its way, instead of running tokens
+    select      which tokens are run again, in which layers
+    observe     what is kept of a prompt that was computed
+
+Strategies are frozen values and hold no state of a request: what they learn goes into the chunk
+store, under the tenant's salt.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple, Protocol
+
+import numpy as np
+
+from kvjax.cache.chunks import Variant, tokens_hash
+from kvjax.reuse.plan import Spans, StagedPlan
+
+Tokens = tuple[int, ...]
+# Reads a variant's KV: float32 `[layers, tokens, kv_heads, width]`, keys as before rotary positions
+# (an amplitude of the rotary table stays in them), values None where there are none (latent).
+ReadKV = Callable[[], tuple[np.ndarray, np.ndarray | None]]
+
+
+class ModelFacts(NamedTuple):
+    """What strategies may depend on."""
+
+    num_layers: int
+    hidden_size: int
+    kv_token_bytes: int  # over all layers
+    hidden_token_bytes: int  # hidden states of one token entering every layer, float32 halved
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Segment:
+    """Tokens `[start, stop)` of a prompt that are a chunk."""
+
+    start: int
+    stop: int
+    chunk: str  # `tokens_hash` of them
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Prompt:
+    """A prompt in which chunks are marked."""
+
+    tokens: Tokens
+    segments: tuple[Segment, ...]
+    salt: str | None
+    model: ModelFacts
+    num_exact: int = 0  # leading tokens whose KV is there, exactly
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # the request's extra_args
+
+    @property
+    def num_tokens(self) -> int:
+        """Length."""
+        return len(self.tokens)
+
+    @property
+    def question(self) -> tuple[int, int]:
+        """The text behind the last chunk, without the last token, which is always run by itself."""
+        start = self.segments[-1].stop if self.segments else 0
+        return min(start, self.num_tokens - 1), self.num_tokens - 1
+
+    def chunk_tokens(self, number: int) -> Tokens:
+        """Tokens of one chunk."""
+        segment = self.segments[number]
+        return self.tokens[segment.start : segment.stop]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Hit:
+    """A stored variant that serves tokens `[start, stop)` of a prompt."""
+
+    number: int  # of the segment
+    segment: Segment
+    variant: Variant
+    start: int  # behind an exact prefix that ends within the chunk
+    stop: int
+
+    @property
+    def offset(self) -> int:
+        """First token of the variant that is used."""
+        return self.start - self.segment.start
+
+    @property
+    def shift(self) -> int:
+        """New minus old rotary position."""
+        return self.segment.start - self.variant.base
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class KVPatch:
+    """What is added to the KV of a hit's tokens, per layer, in float32.
+
+    Dense: `k`, `v` are `[layers, tokens, kv_heads, width]`. Low rank: `k_left [layers, tokens,
+    rank]` times `k` `[layers, rank, kv_heads, width]`, and the same for values. "source": before
+    keys are turned; "target": after.
+    """
+
+    k: np.ndarray
+    v: np.ndarray | None
+    k_left: np.ndarray | None = None
+    v_left: np.ndarray | None = None
+    frame: str = "source"
+
+    @property
+    def rank(self) -> int | None:
+        """Rank, None if dense."""
+        return None if self.k_left is None else self.k_left.shape[2]
+
+    @property
+    def num_bytes(self) -> int:
+        """What it takes to keep; keys and values may share their left factor."""
+        shared = self.v_left is self.k_left
+        arrays = (self.k, self.v, self.k_left, None if shared else self.v_left)
+        return sum(array.nbytes for array in arrays if array is not None)
+
+    def part(self, start: int, stop: int) -> "KVPatch":
+        """The patch of some of its tokens."""
+        if self.k_left is None:
+            v = None if self.v is None else self.v[:, start:stop]
+            return dataclasses.replace(self, k=self.k[:, start:stop], v=v)
+        v_left = None if self.v_left is None else self.v_left[:, start:stop]
+        return dataclasses.replace(self, k_left=self.k_left[:, start:stop], v_left=v_left)
+
+
+class Found(Protocol):
+    """The chunk store, as strategies may read it."""
+
+    def variants(self, salt: str | None, chunk: str) -> Mapping[str, Variant]:
+        """Variants of a chunk, by `tokens_hash` of their context."""
+        ...
+
+
+class Workbench(Protocol):
+    """What a strategy may ask of the engine, outside of serving: KV of its own making, as numbers.
+
+    All of it costs forwards, which are counted.
+    """
+
+    def encode(
+        self, tokens: Tokens, context: Tokens = (), *, salt: str | None = None
+    ) -> Variant | None:
+        """The variant of `tokens` behind `context`: stored, or computed now; None if refused."""
+        ...
+
+    def read(self, variant: Variant) -> tuple[np.ndarray, np.ndarray | None]:
+        """Its keys and values, float32 `[layers, tokens, kv_heads, width]`, keys turned back to
+        positions from 0."""
+        ...
+
+    def put(self, variant: Variant) -> bool:
+        """Stores a variant whose pages somebody holds; whether it was admitted."""
+        ...
+
+
+class Observed(Protocol):
+    """A prompt that has been computed, while its KV is still there."""
+
+    prompt: Prompt
+    exact: bool  # every token was run with everything before it run or hit exactly
+    page_ids: Sequence[int]
+
+
+class Strategy:
+    """The do-nothing strategy: every hook at its default. Subclasses are frozen dataclasses."""
+
+    name: ClassVar[str] = "prefix"
+    approximate: ClassVar[bool] = False  # whether a model has to pass the quality gate for it
+    query_aware: ClassVar[bool] = False  # whether the text behind a chunk changes its KV
+    rotates: ClassVar[bool] = True
+
+    def enrich(self, tokens: Tokens, corpus: Sequence[Tokens]) -> Tokens:
+        """Context behind which a chunk of a corpus is computed ahead of time; () is canonical."""
+        return ()
+
+    def wanted(self, prompt: Prompt, number: int, found: Found) -> Tokens | None:
+        """Context of the variant to compute now for a chunk of `prompt`; None: go without."""
+        return None
+
+    def annotate(self, variant: Variant, read: ReadKV) -> None:
+        """Called when a variant that this strategy asked for is there, stored now or before: may
+        add to its `scores` and `facts`. `read` waits for the device; it is only called if needed.
+        """
+
+    def look_up(self, prompt: Prompt, number: int, found: Found) -> Variant | None:
+        """The variant that serves a chunk; None: its tokens are computed like any text."""
+        return None
+
+    def patch(self, prompt: Prompt, hit: Hit, hits: Sequence[Hit]) -> KVPatch | None:
+        """What to add to a hit's KV. Made for `hit.start - hit.segment.start` on."""
+        return None
+
+    def select(self, prompt: Prompt, hits: Sequence[Hit]) -> Spans | StagedPlan:
+        """Reused rows that are run again: known now (`Spans`), or chosen on the device."""
+        return Spans(())
+
+    def observe(self, observed: Observed, bench: Workbench) -> None:
+        """Called once a prompt with chunks is computed, before its pages go."""
+
+    @property
+    def spec(self) -> str:
+        """How `parse` is told this strategy: `name:option=value,...` with what is not default."""
+        if not dataclasses.is_dataclass(self):
+            return self.name
+        given = [
+            f"{field.name}={getattr(self, field.name)}"
+            for field in dataclasses.fields(self)
+            if getattr(self, field.name) != field.default
+        ]
+        return self.name + (":" + ",".join(given) if given else "")
+
+
+class CanonicalChunks(Strategy):
+    """Strategies over chunks that were encoded alone: looked up, or computed when missed."""
+
+    approximate: ClassVar[bool] = True
+
+    def wanted(self, prompt: Prompt, number: int, found: Found) -> Tokens | None:
+        """The canonical variant."""
+        return ()
+
+    def look_up(self, prompt: Prompt, number: int, found: Found) -> Variant | None:
+        """The canonical variant."""
+        return found.variants(prompt.salt, prompt.segments[number].chunk).get(context_hash(()))
+
+
+def context_hash(context: Tokens) -> str:
+    """How a variant's context is named in its key; "" for none."""
+    return tokens_hash(context) if context else ""
+
+
+def ratio_of(name: str, value: object) -> float:
+    """`value` as a share. Raises `ValueError` if it is no number in [0, 1]."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+        raise ValueError(f"{name} must be a number in [0, 1], got {value!r}")
+    return float(value)
+
+
+def count_of(name: str, value: object, least: int = 0) -> int:
+    """`value` as a count. Raises `ValueError` if it is no integer from `least` on."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
+    return value

@@ -1,0 +1,1 @@
+"""Everything with a socket. It needs the `serve` extra: `pip install "kvjax[serve]"`."""

@@ -1,0 +1,175 @@
+"""Approximate reuse serves a model that was measured to bear it, and no other."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from kvjax import LLM, SamplingParams
+from kvjax.build import enable_compilation_cache
+from kvjax.build import verdicts as verdicts_of
+from kvjax.cli import main
+from kvjax.config import cache_dir
+from kvjax.errors import ReuseRefused
+from kvjax.request import Chunk
+from kvjax.reuse import parse
+from kvjax.reuse.gate import Gate, Verdict, Verdicts
+from tests.tiny_checkpoint import write_tiny_checkpoint
+
+EPIC = parse("epic:k=4")
+MARKED = ["begin ", Chunk("the first chunk. "), Chunk("the second. "), "which?"]
+SIZES = {"dtype": "float32", "max_num_seqs": 2, "max_num_batched_tokens": 32}
+
+
+def verdict(loss: float) -> Verdict:
+    return Verdict(
+        strategy=EPIC.spec, loss=loss, loss_interval=(loss / 2, 2 * loss), recovery=0.5,
+        corpus="binding", corpus_digest="d", items=3, about={"device": "cpu"},
+    )  # fmt: skip
+
+
+def verdicts(folder: Path, fingerprint: str = "f" * 32, kv_dtype: str = "float32") -> Verdicts:
+    return Verdicts(folder, lambda: fingerprint, kv_dtype)
+
+
+def test_a_verdict_is_read_back_as_it_was_written(tmp_path):
+    store = verdicts(tmp_path)
+    assert store.read(EPIC) is None
+    path = store.write(EPIC, verdict(0.5))
+    store.write(EPIC, verdict(0.04))
+    assert store.read(EPIC) == verdict(0.04)
+    assert [p for p in tmp_path.rglob("*") if p.is_file()] == [path]
+
+
+def test_what_was_not_measured_is_refused_and_the_message_says_how_to_measure(tmp_path):
+    with pytest.raises(ReuseRefused, match=r"not measured.*kvjax reuse check MODEL --reuse epic:k"):
+        Gate(verdicts(tmp_path), 0.1).check(EPIC)
+
+
+def test_a_loss_above_the_limit_is_refused_with_both_numbers_and_one_at_the_limit_serves(tmp_path):
+    store = verdicts(tmp_path)
+    store.write(EPIC, verdict(0.04))
+    with pytest.raises(ReuseRefused, match=r"loses 0\.0400 nats .* max_reuse_loss=0\.039"):
+        Gate(store, 0.039).check(EPIC)
+    gate = Gate(store, 0.04)
+    gate.check(EPIC)
+    assert gate.loss(EPIC) == 0.04
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"fingerprint": "e" * 32},
+        {"kv_dtype": "int8"},
+        {"strategy": parse("epic:k=5")},
+        {"strategy": parse("naive")},
+    ],
+    ids=str,
+)
+def test_a_verdict_is_about_one_model_kv_type_and_strategy_with_its_options(tmp_path, other):
+    verdicts(tmp_path).write(EPIC, verdict(0.0))
+    strategy = other.pop("strategy", EPIC)
+    with pytest.raises(ReuseRefused, match="not measured"):
+        Gate(verdicts(tmp_path, **other), 0.1).check(strategy)
+
+
+def test_exact_reuse_is_let_through_without_a_look_at_the_weights():
+    def unread() -> str:
+        raise AssertionError("the fingerprint reads the weights")
+
+    gate = Gate(Verdicts(Path("nowhere"), unread, "float32"), 0.0)
+    gate.check(parse(None))
+    assert gate.loss(parse(None)) is None
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[1]", '{"loss": NaN}', "null"])
+def test_a_damaged_verdict_is_refused_and_can_be_forced_or_measured_again(tmp_path, text):
+    store = verdicts(tmp_path)
+    path = store.write(EPIC, verdict(0.0))
+    path.write_text(text)
+    with pytest.raises(ReuseRefused, match="is no verdict"):
+        Gate(store, 0.1).check(EPIC)
+    Gate(store, 0.1, forced=True).check(EPIC)
+    store.write(EPIC, verdict(0.0))
+    Gate(store, 0.1).check(EPIC)
+
+
+@pytest.mark.parametrize("loss", [-1.0, float("nan"), float("inf")])
+def test_what_is_no_loss_makes_no_verdict(loss):
+    with pytest.raises(ValueError, match="a loss must be finite"):
+        verdict(loss)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("tiny") / "model"
+    return write_tiny_checkpoint(folder, max_position_embeddings=8192)
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch) -> Path:
+    """A cache folder without verdicts, in which what was compiled before is compiled."""
+    enable_compilation_cache()
+    compiled = cache_dir() / "native"
+    compiled.mkdir(parents=True, exist_ok=True)
+    (tmp_path / "native").symlink_to(compiled)
+    monkeypatch.setenv("KVJAX_CACHE_DIR", str(tmp_path))
+    return tmp_path
+
+
+def test_an_engine_refuses_before_any_work_unless_it_is_forced(model, cache):
+    llm = LLM(model, **SIZES)
+    params = SamplingParams(reuse="epic:k=4", max_tokens=2)
+    with pytest.raises(ReuseRefused, match="not measured"):
+        llm.generate([MARKED], params)
+    with pytest.raises(ReuseRefused, match="not measured"):
+        llm.open(MARKED, params)
+    assert not llm.engine.has_work
+    with pytest.raises(ReuseRefused, match="not measured"):
+        LLM(model, reuse="epic:k=4", **SIZES)
+    forced = LLM(model, reuse="epic:k=4", force_reuse=True, **SIZES)
+    (out,) = forced.generate([MARKED], SamplingParams(max_tokens=2))
+    assert out.reuse.copied_tokens > 0
+    assert out.reuse.estimated_loss is None
+
+
+def test_a_report_has_the_loss_that_was_measured(model, cache):
+    llm = LLM(model, **SIZES)
+    verdicts_of(llm.checkpoint, llm.engine.config).write(EPIC, verdict(0.03))
+    params = SamplingParams(reuse="epic:k=4", max_tokens=2)
+    (out,) = llm.generate([MARKED], params)
+    assert out.reuse.estimated_loss == 0.03
+    llm.reset_prefix_cache()
+    with llm.open(MARKED, params) as branch:
+        assert branch.reuse is not None
+        assert branch.reuse.estimated_loss == 0.03
+
+
+@pytest.mark.slow
+def test_check_measures_keeps_its_verdict_and_says_by_its_status_who_may_serve(
+    model, cache, capsys
+):
+    words = ["reuse", "check", str(model), "--reuse", "epic:k=4", "--items", "2", "-q",
+             "--dtype", "float32", "--max-num-seqs", "2"]  # fmt: skip
+    assert main([*words, "--max-reuse-loss", "1000"]) == 0
+    assert "yes" in capsys.readouterr().out
+    (path,) = (cache / "reuse").rglob("*.json")
+    kept = json.loads(path.read_text())
+    assert (kept["strategy"], kept["corpus"], kept["items"]) == ("epic:k=4", "binding", 2)
+    assert kept["loss_interval"][0] <= kept["loss"] <= kept["loss_interval"][1]
+    assert kept["loss"] > 0
+    llm = LLM(model, max_reuse_loss=kept["loss"], **SIZES)
+    llm.generate([MARKED], SamplingParams(reuse="epic:k=4", max_tokens=2))
+    stricter = LLM(model, max_reuse_loss=kept["loss"] / 2, **SIZES)
+    with pytest.raises(ReuseRefused, match=r"loses \d"):
+        stricter.generate([MARKED], SamplingParams(reuse="epic:k=4", max_tokens=2))
+
+
+def test_check_refuses_what_there_is_nothing_to_measure_of(model, cache, capsys):
+    for words, says in (
+        (["--reuse", "prefix"], "prefix is exact"),
+        (["--reuse", "nonsense"], "no reuse strategy 'nonsense'"),
+        (["--items", "0"], "--items must be at least 1"),
+    ):
+        assert main(["reuse", "check", str(model), *words]) == 2
+        assert says in capsys.readouterr().err
