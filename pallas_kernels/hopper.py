@@ -40,16 +40,13 @@ class Warpgroup:
         """A matrix in shared memory, laid out in registers as an accumulator is."""
         return ref[...] if self.interpret else load(ref, _WGMMA, optimized=tiled)
 
-    def stored(self, ref: Any) -> jax.Array:
-        """A matrix of int8 or float8 numbers in shared memory, as float32."""
+    def scaled(self, ref: Any, scales: Any) -> jax.Array:
+        """A matrix of int8 or float8 numbers in shared memory, times a number per row: float32."""
         if self.interpret:
-            return ref[...].astype(jnp.float32)
-        x = load(ref, _STORED)
-        return x.astype(jnp.bfloat16 if x.dtype == jnp.int8 else jnp.float16).astype(jnp.float32)
-
-    def stored_by_row(self, ref: Any) -> jax.Array:
-        """A vector in shared memory as one number per row of a `stored` matrix."""
-        return ref[...] if self.interpret else load(ref, _STORED.reduce(1))
+            return ref[...].astype(jnp.float32) * scales[...][:, None]
+        x, scale = load(ref, _STORED), load(scales, _STORED.reduce(1))
+        x = x.astype(jnp.bfloat16 if x.dtype == jnp.int8 else jnp.float16).astype(jnp.float32)
+        return x * plgpu.layout_cast(jax.lax.broadcast_in_dim(scale, x.shape, [0]), _STORED)
 
     def full(self, shape: tuple[int, ...], value: float) -> jax.Array:
         """A constant matrix, or vector with one number per row."""

@@ -22,15 +22,15 @@ from kvjax.pallas_kernels import hopper
 from kvjax.pallas_kernels.page_ops import LayerPages
 from kvjax.pallas_kernels.page_ops.quantise import from_bits
 from kvjax.pallas_kernels.paged_attention import gpu_rows
-from kvjax.pallas_kernels.paged_attention.gpu_blocks import Walk
 from kvjax.pallas_kernels.paged_attention.gpu_decode import attend_splits
 from kvjax.pallas_kernels.paged_attention.gpu_prefill import attend_tiles
+from kvjax.pallas_kernels.paged_attention.gpu_walk import WIDE, Walk
 from kvjax.pallas_kernels.tuning import block_sizes
 
 _FILL = 264  # thread blocks that fill a GPU: two for each processor of an H100
 _WIDEST = 256  # channels of an output that one warpgroup's registers hold
 _WORDS = 8  # of a tail mask: it is walked word by word in registers
-_LATENT_WORDS = 6  # what shared memory has left for it beside latents of 576 channels
+_WIDE_WORDS = 6  # what shared memory has left for it beside latents of 576 channels
 
 
 def paged_attention(
@@ -93,7 +93,7 @@ def _refuse(q: Any, pages: Any, tail_mask: Any, value_width: int | None) -> None
             f"gpu: page_size={pages.page_size}: scales of less than 32 slots are no TMA box"
         )
     words = 0 if tail_mask is None else tail_mask.shape[1]
-    most = _WORDS if value_width is None or value_width <= _WIDEST else _LATENT_WORDS
+    most = _WORDS if q.shape[2] <= WIDE else _WIDE_WORDS
     if words > most:
         raise NotImplementedError(f"gpu: tail masks of {words} words exceed {most}")
 
@@ -137,9 +137,10 @@ class _Call:
             page_size=self.page_size, bits=8 * stored.itemsize,
         )  # fmt: skip
         parts = 2 if self.v_width > _WIDEST else 1
+        consumers = 1 if parts > 1 or self.width > WIDE else consumers
         walk = Walk(
             page_size=self.page_size, width=self.width, v_width=self.v_width, block=sizes["block"],
-            stages=sizes["stages"], consumers=consumers if parts == 1 else 1, scale=self.scale,
+            stages=sizes["stages"], consumers=consumers, scale=self.scale,
             soft_cap=self.soft_cap, tail_words=self.tokens.tail.shape[1], stored=stored,
             ahead=sizes["ahead"], latent=self.latent, parts=parts, share=self.share,
             interpret=self.interpret,

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 
 from kvjax.pallas_kernels.compat import mosaic_gpu as plgpu
 from kvjax.pallas_kernels.hopper import ROWS
-from kvjax.pallas_kernels.paged_attention.gpu_blocks import (
+from kvjax.pallas_kernels.paged_attention.gpu_blocks import run_tile
+from kvjax.pallas_kernels.paged_attention.gpu_walk import (
     DENSE_HI,
     DENSE_LO,
     FIRST,
@@ -16,7 +17,6 @@ from kvjax.pallas_kernels.paged_attention.gpu_blocks import (
     LAST,
     SEQ,
     Walk,
-    run_tile,
 )
 
 

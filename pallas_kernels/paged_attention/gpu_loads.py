@@ -17,6 +17,7 @@ from jax.experimental import pallas as pl
 from kvjax.pallas_kernels.compat import mosaic_gpu as plgpu
 from kvjax.pallas_kernels.compat import store
 from kvjax.pallas_kernels.hopper import ROWS
+from kvjax.pallas_kernels.paged_attention.gpu_walk import Walk
 
 
 class Stream(NamedTuple):
@@ -32,8 +33,33 @@ class Stream(NamedTuple):
     landed: Any = None
 
 
+def streams(walk: Walk, s: Any, pools: Any) -> list[Stream]:
+    """The keys and, unless latent, the values of `pools`, in which their scales follow."""
+    names = ("k",) if walk.latent else ("k", "v")
+    made = []
+    for i, name in enumerate(names):
+        what = ("smem", "ready", "free")
+        ring = Stream(pools[i], *(getattr(s, f"{name}_{x}") for x in what))
+        if walk.scaled:
+            ring = ring._replace(
+                pool_scale=pools[len(names) + i], stored=getattr(s, f"{name}_stored"),
+                scales=getattr(s, f"{name}_scales"), landed=getattr(s, f"{name}_landed"),
+            )  # fmt: skip
+        made.append(ring)
+    return made
+
+
+def load_rows(walk: Walk, s: Any, q: Any, lo: Any, hi: Any, tail: Any) -> None:
+    """Starts the copies of a tile's query rows; each ref begins with the consumers."""
+    for w in range(walk.consumers):
+        plgpu.copy_gmem_to_smem(q.at[w], s.q_smem.at[w], s.rows_ready)
+        seen = [lo.at[w], hi.at[w], *(tail.at[w, i] for i in range(walk.tail_words))]
+        for i, row in enumerate(seen):
+            plgpu.copy_gmem_to_smem(row, s.seen_smem.at[w, i], s.rows_ready)
+
+
 def load_blocks(
-    walk: Any, streams: list[Stream], page_id: Any, head: Any, blocks: Any, keys: Any
+    walk: Walk, streams: list[Stream], page_id: Any, head: Any, blocks: Any, keys: Any
 ) -> None:
     """Brings blocks `[blocks[0], blocks[1])` into the rings, waiting for free buffers.
 
@@ -106,14 +132,12 @@ def load_blocks(
             plgpu.barrier_wait(x.free.at[jax.lax.rem(turn, walk.stages)])
 
 
-def _multiply(walk: Any, x: Stream, slot: Any, stage: Any) -> None:
+def _multiply(walk: Walk, x: Stream, slot: Any, stage: Any) -> None:
     """Stored numbers times their scale, as bfloat16: 64 rows and a swizzled tile at a time."""
     g, width = walk.group, x.blocks.shape[2]
     for first in range(0, walk.block, ROWS):
         rows = pl.ds(first, ROWS)
-        scale = g.stored_by_row(x.scales.at[slot, rows])
         for column in range(0, width, walk.columns(width)):
             part = (rows, pl.ds(column, walk.columns(width)))
-            numbers = g.stored(x.stored.at[(slot, *part)])
-            numbers = numbers * jax.lax.broadcast_in_dim(scale, numbers.shape, [0])
+            numbers = g.scaled(x.stored.at[(slot, *part)], x.scales.at[slot, rows])
             store(x.blocks.at[(stage, *part)], numbers.astype(walk.dtype))

@@ -179,25 +179,30 @@ def test_a_missing_wait_for_a_copy_is_a_race(monkeypatch):
         interpreted(p, max_query_len=1)
 
 
-@pytest.mark.parametrize("heads", MODELS.values(), ids=MODELS)
+@pytest.mark.parametrize("heads", (MODELS | LATENT).values(), ids=MODELS | LATENT)
+@pytest.mark.parametrize("physical", [np.uint16, *SCALED.values()], ids=["bfloat16", *SCALED])
 @pytest.mark.parametrize("max_query_len", [1, None], ids=["decode", "mixed"])
 @LOWERED
-def test_kernels_lower_for_cuda_without_one(heads, max_query_len):
+def test_kernels_lower_for_cuda_without_one(heads, physical, max_query_len):
     seqs, tokens = 4, 4 if max_query_len else 300
 
     def call(q, pages, tables, starts, kv_lens, lo, hi, tail_mask, sinks):
         return paged_attention(
             q, pages, tables, starts, kv_lens, lo, hi, scale=0.1, tail_mask=tail_mask,
-            sinks=sinks, soft_cap=30.0, max_query_len=max_query_len, backend="gpu",
+            sinks=sinks, soft_cap=30.0, max_query_len=max_query_len,
+            value_width=heads.latent, backend="gpu",
         )  # fmt: skip
 
-    pool: Any = jax.ShapeDtypeStruct((64, heads.kv, 64, heads.width), np.uint16)
+    pool: Any = jax.ShapeDtypeStruct((64, heads.kv, 64, heads.width), physical)
+    scaled = physical != np.uint16
+    scale: Any = jax.ShapeDtypeStruct(pool.shape[:3], np.float32) if scaled else None
+    pages = LayerPages(pool, None, scale) if heads.latent else LayerPages(pool, pool, scale, scale)
     ints = functools.partial(jax.ShapeDtypeStruct, dtype=np.int32)
     with hopper.ahead_of_time():
         exported = jax.export.export(jax.jit(call), platforms=["cuda"])(
             jax.ShapeDtypeStruct((tokens, heads.q, heads.width), jnp.bfloat16),
-            LayerPages(pool, pool), ints((seqs, 16)), ints((seqs + 1,)), ints((seqs,)),
-            ints((tokens,)), ints((tokens,)), jax.ShapeDtypeStruct((tokens, 2), np.uint32),
+            pages, ints((seqs, 16)), ints((seqs + 1,)), ints((seqs,)), ints((tokens,)),
+            ints((tokens,)), jax.ShapeDtypeStruct((tokens, 2), np.uint32),
             jax.ShapeDtypeStruct((heads.q,), np.float32),
         )  # fmt: skip
     assert exported.mlir_module().count("paged_attention_") >= (1 if max_query_len else 2)

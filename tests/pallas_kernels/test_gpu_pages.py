@@ -55,7 +55,8 @@ def test_latent_pages_wider_than_a_box_are_copied_in_pieces(interpreted, dtype):
     dst: Any = np.array([1, 3, 2], np.int32)
     pages = LayerPages(_bits((6, 1, 32, 576)).astype(dtype))
     call = jax.jit(functools.partial(copies.copy_pages, interpret=_interpret(interpreted)))
-    got, want = call(pages, ids, dst), copy_pages(pages, ids, dst, backend="reference")
+    got: Any = call(pages, ids, dst)
+    want: Any = copy_pages(pages, ids, dst, backend="reference")
     assert np.array_equal(np.asarray(got.k), np.asarray(want.k))
 
 
