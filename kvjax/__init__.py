@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from kvjax.errors import TokenizerNotFound as TokenizerNotFound
     from kvjax.errors import UnsupportedModel as UnsupportedModel
     from kvjax.llm import LLM as LLM
+    from kvjax.request import Chunk as Chunk
     from kvjax.request import CompletionOutput as CompletionOutput
     from kvjax.request import Logprob as Logprob
     from kvjax.request import RequestOutput as RequestOutput
@@ -36,7 +37,9 @@ _HOMES = {  # public name -> module, imported when first asked for: host-only pa
     "AsyncLLM": "async_llm",
     "Branch": "branch",
     "EngineConfig": "config",
-    **dict.fromkeys(("CompletionOutput", "Logprob", "RequestOutput", "SamplingParams"), "request"),
+    **dict.fromkeys(
+        ("Chunk", "CompletionOutput", "Logprob", "RequestOutput", "SamplingParams"), "request"
+    ),
     "StructuredOutputs": "request",
     "GrammarFailed": "errors",
     **dict.fromkeys(

@@ -81,7 +81,7 @@ class Engine:
         self.runner = Runner(model, spec, num_pages, self.limits, cascade)
         self.chunks = Chunks(
             store, _facts(model, spec), self.scheduler, self.discard, max_model_len,
-            self.runner.read,
+            lambda slots, shift: self.runner.read(slots, shift),
         )  # fmt: skip
         self._decode_token = decode_token
         # Gives parked pages back that nobody must have, when a request cannot run otherwise.

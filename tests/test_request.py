@@ -42,6 +42,7 @@ def test_defaults_are_those_of_vllm_where_it_has_the_field():
         "logprobs": None,
         "prompt_logprobs": None,
         "logit_bias": None,
+        "reuse": None,
         "allowed_token_ids": None,
         "bad_words": (),
         "structured_outputs": None,

@@ -14,8 +14,7 @@ page for an index is complete from the page's first slot up to the node's end. W
 
 The block table of a match takes, per page index, the page of the deepest matched node: `abcdeX` is
 (0, 7), `abcdef` is (0, 1), `abcde` is (0, 1). A page has one writer and its slots are append-only,
-so all its holders in a namespace lie on one path from the root; `check_integrity` says so.
-Namespaces may share pages: what a prompt has exact in front of approximate KV is in two.
+so all its holders in a namespace lie on one path from the root. Namespaces may share pages.
 """
 
 import dataclasses
@@ -439,8 +438,8 @@ class RadixTree:
     def _frees_with_ancestors(self, leaf: RadixNode) -> bool:
         """Whether only nodes of the tree share the leaf's pages, which are free once they go, too.
 
-        Such a leaf goes at its turn though it frees nothing by itself: else branches that share
-        pages with a common ancestor, or with another namespace, keep each other alive.
+        Such a leaf goes at its turn though it frees nothing by itself: else those that share pages
+        with an ancestor or another namespace keep each other alive.
         """
         if any(self._pool.ref_count(page) > self._held[page] for page in leaf.pages):
             return False

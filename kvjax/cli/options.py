@@ -115,8 +115,8 @@ def sampling_of(args: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(args, name) for name, _, _ in _SAMPLING}
 
 
-def add_engine(parser: argparse.ArgumentParser) -> None:
-    """Flags of `EngineConfig`, and what `LLM` takes beside it."""
+def add_engine(parser: argparse.ArgumentParser, *, reuse: bool = True) -> None:
+    """Flags of `EngineConfig`, and what `LLM` takes beside it; `reuse=False`: without --reuse."""
     group = parser.add_argument_group("engine")
     default = EngineConfig()
 
@@ -136,6 +136,9 @@ def add_engine(parser: argparse.ArgumentParser) -> None:
     add("page_size", "KV slots per page; 16 on a CPU, 64 elsewhere", type=int, metavar="N")
     add("enable_prefix_caching", "reuse the KV of equal prompt beginnings")
     add("eviction_policy", "what leaves a full cache first", choices=sorted(EVICTION_POLICIES))
+    if reuse:
+        add("reuse", "of marked chunks, such as epic:k=16", metavar="SPEC")
+    add("chunk_cache_share", "of the KV cache, for stored chunks", type=float, metavar="X")
     add("max_reuse_loss", "nats per token that reuse may cost", type=float, metavar="X")
     add("force_reuse", "reuse that was not measured, or costs more (see kvjax reuse check)")
     add("deterministic", "bits of a result never depend on what else is in the batch")

@@ -38,8 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--items", type=int, default=ITEMS, metavar="N", help=f"prompts (default: {ITEMS})"
     )
-    parser.conflict_handler = "resolve"  # `--reuse` of other commands is one spec
-    add_engine(parser)
+    add_engine(parser, reuse=False)  # there it is one spec
     parser.add_argument(
         "--reuse", action="append", metavar="SPEC", dest="specs",
         help="name or name:option=value,...; may be repeated; default: "

@@ -153,8 +153,8 @@ def test_interpreted_latent_pages_match_the_oracle(monkeypatch, widest, physical
 @INTERPRETED
 @pytest.mark.slow
 def test_interpreted_heads_beyond_one_tile_match_the_oracle():
-    seqs = [(70, causal(70, 1)), (40, causal(40, 2))]
-    p = problem(13, Heads(130, 1, 64), seqs, pages_per_seq=5, bfloat16=True)
+    seqs = [(20, causal(20, 1)), (40, causal(40, 2))]
+    p = problem(13, Heads(66, 1, 64), seqs, pages_per_seq=5, bfloat16=True)
     assert_matches(p, interpreted(p))
 
 
@@ -179,8 +179,14 @@ def test_a_missing_wait_for_a_copy_is_a_race(monkeypatch):
         interpreted(p, max_query_len=1)
 
 
-@pytest.mark.parametrize("heads", (MODELS | LATENT).values(), ids=MODELS | LATENT)
-@pytest.mark.parametrize("physical", [np.uint16, *SCALED.values()], ids=["bfloat16", *SCALED])
+LOWERING = [
+    *(pytest.param(heads, np.uint16, id=name) for name, heads in (MODELS | LATENT).items()),
+    pytest.param(MODELS["Llama-3-8B"], np.int8, id="Llama-3-8B, int8"),
+    pytest.param(LATENT["DeepSeek-V3"], np.uint8, id="DeepSeek-V3, float8"),
+]
+
+
+@pytest.mark.parametrize(("heads", "physical"), LOWERING)
 @pytest.mark.parametrize("max_query_len", [1, None], ids=["decode", "mixed"])
 @LOWERED
 def test_kernels_lower_for_cuda_without_one(heads, physical, max_query_len):
