@@ -40,6 +40,14 @@ class Warpgroup:
         """A matrix in shared memory, laid out in registers as an accumulator is."""
         return ref[...] if self.interpret else load(ref, _WGMMA, optimized=tiled)
 
+    def scaled(self, ref: Any, scales: Any) -> jax.Array:
+        """A matrix of int8 or float8 numbers in shared memory, times a number per row: float32."""
+        if self.interpret:
+            return ref[...].astype(jnp.float32) * scales[...][:, None]
+        x, scale = load(ref, _STORED), load(scales, _STORED.reduce(1))
+        x = x.astype(jnp.bfloat16 if x.dtype == jnp.int8 else jnp.float16).astype(jnp.float32)
+        return x * plgpu.layout_cast(jax.lax.broadcast_in_dim(scale, x.shape, [0]), _STORED)
+
     def full(self, shape: tuple[int, ...], value: float) -> jax.Array:
         """A constant matrix, or vector with one number per row."""
         x = jnp.full(shape, value, jnp.float32)
@@ -81,6 +89,7 @@ class Warpgroup:
 
 
 _WGMMA: Any = plgpu.Layout.WGMMA
+_STORED: Any = plgpu.Layout.WGMMA_UPCAST_2X  # four bytes of a row are neighbours in a thread
 
 
 def _read(ref: Any) -> jax.Array:

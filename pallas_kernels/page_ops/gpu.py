@@ -1,7 +1,7 @@
 """Copying pages on NVIDIA GPUs from Hopper on: each page is read once and written once, by TMA.
 
 Only the copy is here. Writing and gathering slots, and moving spans, stay with XLA: each is one
-gather or one scatter of whole rows, in place when donated, and moves no byte twice.
+gather or one scatter of whole rows, in place when donated (quantised or not: `tests/aot/cuda.py`).
 """
 
 from typing import Any
@@ -16,7 +16,8 @@ from kvjax.pallas_kernels.compat import in_place
 from kvjax.pallas_kernels.compat import mosaic_gpu as plgpu
 from kvjax.pallas_kernels.page_ops.pages import LayerPages
 
-_MOST = 200 * 1024  # bytes of one head's page: they pass through shared memory
+_MOST = 200 * 1024  # bytes of a copy: they pass through shared memory
+_BOX = 256  # rows, and columns, of a copy by TMA
 
 
 def copy_pages(pages: LayerPages, src: Array, dst: Array, *, interpret: Any = None) -> LayerPages:
@@ -31,7 +32,8 @@ def copy_pages(pages: LayerPages, src: Array, dst: Array, *, interpret: Any = No
         if pool is None:
             continue
         row, size = pool.shape[3] * pool.dtype.itemsize, pool.shape[2]
-        if row % 16 or pool.shape[3] > 256 or size > 256 or row * size > _MOST:
+        box = row if row % 16 else size * _columns(pool) * pool.dtype.itemsize
+        if row % 16 or size > 256 or box > _MOST:
             raise NotImplementedError(f"gpu: a page of {size} times {row} bytes is no TMA box")
     hopper.require(interpret, tensor_cores=False)
     src, dst = jnp.asarray(src, jnp.int32), jnp.asarray(dst, jnp.int32)
@@ -50,12 +52,14 @@ def copy_pages(pages: LayerPages, src: Array, dst: Array, *, interpret: Any = No
 
 def _copy(pool: Array, src: Array, dst: Array, aside: Array, interpret: Any) -> Array:
     _, heads, size, width = pool.shape
-    n = src.shape[0]
+    n, columns = src.shape[0], _columns(pool)
 
     def move(read: Any, page: Any, write: Any, to: Any, smem: Any, landed: Any) -> None:
-        plgpu.copy_gmem_to_smem(read.at[page, jax.lax.axis_index("head")], smem, landed)
+        start = pl.multiple_of(jax.lax.axis_index("piece") * columns, columns)
+        where = (jax.lax.axis_index("head"), slice(None), pl.ds(start, columns))
+        plgpu.copy_gmem_to_smem(read.at[(page, *where)], smem, landed)
         plgpu.barrier_wait(landed)
-        plgpu.copy_smem_to_gmem(smem, write.at[to, jax.lax.axis_index("head")])
+        plgpu.copy_smem_to_gmem(smem, write.at[(to, *where)])
         plgpu.wait_smem_to_gmem(0)
 
     def put_aside(pool, src, aside, kept, smem, landed):
@@ -78,17 +82,23 @@ def _copy(pool: Array, src: Array, dst: Array, aside: Array, interpret: Any) -> 
 
     options: dict[str, Any] = {
         "scratch_types": {
-            "smem": plgpu.SMEM((size, width), pool.dtype),
+            "smem": plgpu.SMEM((size, columns), pool.dtype),
             "landed": plgpu.Barrier(),
         },
-        "grid": (heads, n),
-        "grid_names": ("head", "pair"),
+        "grid": (heads, n, width // columns),
+        "grid_names": ("head", "pair", "piece"),
         "interpret": interpret,
     }
     flags = aside.astype(jnp.int32)
     shelf = jax.ShapeDtypeStruct((n, heads, size, width), pool.dtype)
     kept = plgpu.kernel(put_aside, out_type=shelf, **options)(pool, src, flags)
     return in_place(copy_pages, pool, (kept, src, dst, flags), **options)
+
+
+def _columns(pool: Array) -> int:
+    """Columns of one copy: as many as a box holds, of rows in whole 16 bytes."""
+    step, width = 16 // pool.dtype.itemsize, pool.shape[3]
+    return max(n for n in range(step, min(width, _BOX) + 1, step) if width % n == 0)
 
 
 def _through_xla(x: Array, src: Array, dst: Array) -> Array:

@@ -1,11 +1,12 @@
-"""Paged attention on NVIDIA GPUs from Hopper on (Mosaic GPU), over split pages in bfloat16.
+"""Paged attention on NVIDIA GPUs from Hopper on (Mosaic GPU), over split pages.
 
 Two kernels behind one operation. *Decode* takes sequences whose rows fit one warpgroup and cuts
 their keys into splits, which are merged through the log-sum-exp. *Prefill* cuts the rest into tiles
 of query rows; where there are too few tiles to fill a GPU, as over a prefix that a batch shares,
 their keys are split as well. Both copy pages with TMA into a ring of buffers, ahead of the
 warpgroups that multiply (the scheme of FlashAttention-3, arXiv 2407.08608 section 3.1, with pages
-as the copied boxes).
+as the copied boxes). int8 and float8 pages become bfloat16 on the way; latent pages (MLA) are one
+stream of keys, whose leading channels are the values.
 
 A row's bits depend on which of the three it went through, which the shapes of a call decide, and on
 nothing else in its batch.
@@ -15,19 +16,21 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array
 
 from kvjax.pallas_kernels import hopper
 from kvjax.pallas_kernels.page_ops import LayerPages
+from kvjax.pallas_kernels.page_ops.quantise import from_bits
 from kvjax.pallas_kernels.paged_attention import gpu_rows
-from kvjax.pallas_kernels.paged_attention.gpu_blocks import Walk
 from kvjax.pallas_kernels.paged_attention.gpu_decode import attend_splits
 from kvjax.pallas_kernels.paged_attention.gpu_prefill import attend_tiles
+from kvjax.pallas_kernels.paged_attention.gpu_walk import WIDE, Walk
 from kvjax.pallas_kernels.tuning import block_sizes
 
 _FILL = 264  # thread blocks that fill a GPU: two for each processor of an H100
+_WIDEST = 256  # channels of an output that one warpgroup's registers hold
 _WORDS = 8  # of a tail mask: it is walked word by word in registers
+_WIDE_WORDS = 6  # what shared memory has left for it beside latents of 576 channels
 
 
 def paged_attention(
@@ -36,8 +39,10 @@ def paged_attention(
     return_lse=False, interpret=None,
 ):  # fmt: skip
     """See `kvjax.pallas_kernels.paged_attention`. `interpret`: run in Mosaic GPU's interpreter."""
+    _refuse(q, pages, tail_mask, value_width)
     group = q.shape[1] // pages.kv_heads
-    _refuse(q, pages, tail_mask, group)
+    share = next(n for n in range(1, group + 1) if group % n == 0 and group <= n * hopper.ROWS)
+    group //= share  # heads of a tile; `share` tiles read the same KV head
     hopper.require(interpret)
     block_tables, query_starts, kv_lens, lo, hi = jax.tree.map(
         lambda x: jnp.asarray(x, jnp.int32),
@@ -51,7 +56,7 @@ def paged_attention(
         jnp.asarray(q).astype(jnp.bfloat16).reshape(total, -1, group, q.shape[2]),
         lo, hi, jax.lax.bitcast_convert_type(words, jnp.int32), query_starts, kv_lens,
     )  # fmt: skip
-    call = _Call(tokens, pages, block_tables, owner, scale, soft_cap, interpret)
+    call = _Call(tokens, pages, value_width, block_tables, owner, scale, soft_cap, interpret)
     if max_query_len is not None and max_query_len * group <= hopper.ROWS:
         o, lse = call.decode(jnp.ones(kv_lens.shape, bool), max_query_len)
     elif group > hopper.ROWS // 2:  # nothing to gain: a tile holds a token either way
@@ -70,48 +75,75 @@ def paged_attention(
     return (o, lse) if return_lse else o
 
 
-def _refuse(q: Any, pages: Any, tail_mask: Any, group: int) -> None:
+def _refuse(q: Any, pages: Any, tail_mask: Any, value_width: int | None) -> None:
     """Raises NotImplementedError for what the kernels cannot do."""
     if not isinstance(pages, LayerPages):
         raise NotImplementedError(f"gpu: pages are {type(pages).__name__}, not in split layout")
-    if pages.v is None:
-        raise NotImplementedError("gpu: a latent output exceeds one warpgroup's registers")
-    dtype = np.dtype(pages.k.dtype)
-    if dtype == np.float32:
+    if pages.dtype == jnp.float32:
         raise NotImplementedError("gpu: tensor cores round float32 to tf32; xla keeps float32")
-    if dtype not in (np.dtype(np.uint16), np.dtype(jnp.bfloat16)):
-        raise NotImplementedError(f"gpu: pages are {dtype}, not bfloat16")
-    for name, width in (("head_dim", q.shape[2]), ("value width", pages.v.shape[3])):
-        if not 64 <= width <= 256 or width % 16:
-            raise NotImplementedError(f"gpu: {name}={width} is no multiple of 16 in 64..256")
+    if pages.dtype != jnp.bfloat16 and not pages.quantised:
+        raise NotImplementedError(f"gpu: pages are {pages.dtype}, not bfloat16, int8 or float8")
+    if pages.quantised and pages.k_scale is None:
+        raise NotImplementedError(f"gpu: {pages.dtype} pages without scales")
+    _refuse_widths(q.shape[2], pages, value_width)
     if pages.page_size not in (8, 16, 32, 64, 128, 256):
         raise NotImplementedError(f"gpu: page_size={pages.page_size} is not 8, 16, ... or 256")
-    if group > hopper.ROWS:
-        raise NotImplementedError(f"gpu: {group} query heads on one KV head exceed {hopper.ROWS}")
-    if tail_mask is not None and tail_mask.shape[1] > _WORDS:
-        raise NotImplementedError(f"gpu: tail masks of {tail_mask.shape[1]} words exceed {_WORDS}")
+    if pages.quantised and pages.page_size < 32:
+        raise NotImplementedError(
+            f"gpu: page_size={pages.page_size}: scales of less than 32 slots are no TMA box"
+        )
+    words = 0 if tail_mask is None else tail_mask.shape[1]
+    most = _WORDS if q.shape[2] <= WIDE else _WIDE_WORDS
+    if words > most:
+        raise NotImplementedError(f"gpu: tail masks of {words} words exceed {most}")
+
+
+def _refuse_widths(width: int, pages: LayerPages, value_width: int | None) -> None:
+    if pages.v is not None:
+        for name, x in (("head_dim", width), ("value width", pages.v.shape[3])):
+            if not 64 <= x <= 256 or x % 16:
+                raise NotImplementedError(f"gpu: {name}={x} is no multiple of 16 in 64..256")
+        return
+    if width % 64 or width > 576:
+        raise NotImplementedError(f"gpu: latent keys of {width} are no multiple of 64 up to 576")
+    if value_width is None or value_width % 64 or value_width > 512:
+        raise NotImplementedError(f"gpu: {value_width=} is no multiple of 64 up to 512")
+    if value_width > _WIDEST and value_width % 128:
+        raise NotImplementedError(f"gpu: {value_width=} has no halves of whole 64 channels")
 
 
 class _Call:
     """One call's arguments and the two kernels over them."""
 
-    def __init__(self, tokens, pages, tables, owner, scale, soft_cap, interpret) -> None:
+    def __init__(
+        self, tokens, pages, value_width, tables, owner, scale, soft_cap, interpret
+    ) -> None:
         self.tokens, self.tables, self.owner = tokens, tables, owner
-        self.k, self.v = _numbers(pages.k), _numbers(pages.v)
+        self.latent = pages.v is None
+        numbers = (from_bits(jnp.asarray(x)) for x in pages[:2] if x is not None)
+        scales = (jnp.asarray(x) for x in pages[2:] if x is not None)
+        self.pools = (*numbers, *scales)
+        self.v_width = value_width if self.latent else pages.v.shape[3]
+        self.share = tokens.q.shape[1] // pages.kv_heads
         self.group, self.width = tokens.q.shape[2:]
         self.place = jnp.arange(tokens.q.shape[0], dtype=jnp.int32) - tokens.starts[owner]
         self.scale, self.soft_cap, self.interpret = scale, soft_cap, interpret
         self.page_size = pages.page_size
 
     def _walk(self, name: str, consumers: int) -> tuple[Walk, dict[str, int]]:
-        v_width = self.v.shape[3]
+        stored = self.pools[0].dtype
         sizes = block_sizes(
-            f"paged_attention/{name}", head_dim=max(self.width, v_width), page_size=self.page_size
-        )
+            f"paged_attention/{name}", head_dim=max(self.width, self.v_width),
+            page_size=self.page_size, bits=8 * stored.itemsize,
+        )  # fmt: skip
+        parts = 2 if self.v_width > _WIDEST else 1
+        consumers = 1 if parts > 1 or self.width > WIDE else consumers
         walk = Walk(
-            page_size=self.page_size, width=self.width, v_width=v_width, block=sizes["block"],
-            stages=sizes["stages"], consumers=consumers, scale=self.scale, soft_cap=self.soft_cap,
-            tail_words=self.tokens.tail.shape[1], dtype=jnp.bfloat16, interpret=self.interpret,
+            page_size=self.page_size, width=self.width, v_width=self.v_width, block=sizes["block"],
+            stages=sizes["stages"], consumers=consumers, scale=self.scale,
+            soft_cap=self.soft_cap, tail_words=self.tokens.tail.shape[1], stored=stored,
+            ahead=sizes["ahead"], latent=self.latent, parts=parts, share=self.share,
+            interpret=self.interpret,
         )  # fmt: skip
         return walk, sizes
 
@@ -120,7 +152,7 @@ class _Call:
         walk, sizes = self._walk("gpu_decode", 1)
         tiles = gpu_rows.one_per_sequence(self.tokens, wanted)
         rows = gpu_rows.rows(self.tokens, tiles, 1, max_query_len)
-        arrays: Any = (*rows, self.tables, self.k, self.v)
+        arrays: Any = (*rows, self.tables, *self.pools)
         num_rows = max_query_len * self.group
         o, lse = attend_splits(walk, *arrays, split=sizes["split"], num_rows=num_rows)
         o, lse = _merge(o, lse[..., :num_rows])
@@ -133,8 +165,10 @@ class _Call:
         size = walk.consumers * per_group
         tiles, first = gpu_rows.cut(self.tokens, wanted, size)
         rows = gpu_rows.rows(self.tokens, tiles, walk.consumers, per_group)
-        arrays: Any = (*rows, self.tables, self.k, self.v)
-        splits = _FILL // (tiles.seq.shape[0] * self.k.shape[1])  # partial results cost memory
+        arrays: Any = (*rows, self.tables, *self.pools)
+        splits = _FILL // (
+            tiles.seq.shape[0] * self.tokens.q.shape[1]
+        )  # partial results cost memory
         if splits > 1:
             even = -(-self.tables.shape[1] * self.page_size // splits)
             split = max(sizes["split"], -(-even // walk.block) * walk.block)
@@ -144,13 +178,6 @@ class _Call:
             o, lse = attend_tiles(walk, *arrays)
         tile = first[self.owner] + self.place // size
         return gpu_rows.collect(o, lse, tile, self.place, self.group, per_group)
-
-
-def _numbers(pool: Any) -> Array:
-    pool = jnp.asarray(pool)
-    if pool.dtype == jnp.uint16:
-        return jax.lax.bitcast_convert_type(pool, jnp.bfloat16)
-    return pool
 
 
 def _merge(o: Array, lse: Array) -> tuple[Array, Array]:

@@ -34,6 +34,8 @@ def reposition(
         raise NotImplementedError(f"gpu: pages are {type(pages).__name__}, not in split layout")
     if dst_slots is not None or patch_k is not None or patch_v is not None:
         raise NotImplementedError("gpu: moves and patches need a temporary, which xla has as well")
+    if pages.quantised:
+        raise NotImplementedError(f"gpu: {pages.dtype} keys get new scales, which xla computes")
     if pages.dtype != jnp.bfloat16:
         raise NotImplementedError(f"gpu: keys are {pages.dtype}, not bfloat16")
     width, half = pages.k.shape[3], cos.shape[1]

@@ -27,6 +27,10 @@ MODELS = {  # query heads, KV heads, head_dim, sliding window
     "Qwen3-0.6B": (16, 8, 128, None),
     "Gemma-3-4B": (8, 4, 256, 1024),
 }
+LATENT = {  # query heads over one latent head of 512 + 64 channels, of which 512 are the values
+    "DeepSeek-V2-Lite": 16,
+    "DeepSeek-V3": 128,
+}
 _H100 = """gpu_device_info {
   cuda_compute_capability { major: 9 minor: 0 } threads_per_block_limit: 1024 threads_per_warp: 32
   shared_memory_per_block: 49152 shared_memory_per_core: 233472 threads_per_core_limit: 2048
@@ -76,38 +80,51 @@ class Target:
 
 def attention(
     target: Target, model: str, *, seqs: int, tokens: int, max_query_len: int | None,
-    page_size: int = 64, pages_per_seq: int = 256, num_pages: int = 16384, bits: bool = True,
+    page_size: int = 64, pages_per_seq: int = 256, num_pages: int = 16384, dtype: str = "uint16",
     words: int = 0, sinks: bool = False, soft_cap: float | None = None, width: int | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """`paged_attention` for `tokens` query tokens of `seqs` sequences."""
     import jax.numpy as jnp
     import numpy as np
 
-    from kvjax.pallas_kernels import LayerPages, paged_attention
+    from kvjax.pallas_kernels import paged_attention
 
-    q_heads, kv_heads, head_dim, _ = MODELS[model]
+    latent = model in LATENT
+    q_heads, kv_heads, head_dim, _ = (LATENT[model], 1, 576, None) if latent else MODELS[model]
     head_dim = width or head_dim
-    dtype = np.uint16 if bits else jnp.bfloat16
-    pool = target.array((num_pages, kv_heads, page_size, head_dim), dtype)
+    pages, pool = layer_pages(target, (num_pages, kv_heads, page_size, head_dim), dtype, latent)
 
     def call(q, pages, tables, starts, kv_lens, lo, hi, tail_mask, sinks):
         return paged_attention(
             q, pages, tables, starts, kv_lens, lo, hi, scale=head_dim**-0.5, tail_mask=tail_mask,
-            sinks=sinks, soft_cap=soft_cap, max_query_len=max_query_len, return_lse=True,
-            backend="gpu",
+            sinks=sinks, soft_cap=soft_cap, value_width=512 if latent else None,
+            max_query_len=max_query_len, return_lse=True, backend="gpu",
         )  # fmt: skip
 
     ints = functools.partial(target.array, dtype=np.int32)
     compiled = target.compile(
         call,
         target.array((tokens, q_heads, head_dim), jnp.bfloat16),
-        LayerPages(pool, pool),
+        pages,
         ints((seqs, pages_per_seq)), ints((seqs + 1,)), ints((seqs,)), ints((tokens,)),
         ints((tokens,)),
         target.array((tokens, words), np.uint32) if words else None,
         target.array((q_heads,), np.float32) if sinks else None,
     )  # fmt: skip
-    return check(compiled, pool, pools=2, in_place=0)
+    return check(compiled, pool, pools=1 if latent else 2, in_place=0)
+
+
+def layer_pages(
+    target: Target, shape: tuple[int, ...], dtype: str, latent: bool = False
+) -> tuple[Any, Any]:
+    """Pages in a physical dtype, with scales where it has some, and one of their pools."""
+    from kvjax.pallas_kernels import LayerPages
+
+    pool = target.array(shape, dtype)
+    scale = target.array(shape[:3], "float32") if dtype in ("int8", "uint8") else None
+    if latent:
+        return LayerPages(pool, None, scale), pool
+    return LayerPages(pool, pool, scale, scale), pool
 
 
 def cascade(target: Target, model: str, *, seqs: int = 32, page_size: int = 64) -> dict[str, Any]:
@@ -137,20 +154,42 @@ def cascade(target: Target, model: str, *, seqs: int = 32, page_size: int = 64) 
     return check(compiled, pool, pools=2, in_place=0)
 
 
-def page_copy(target: Target, model: str, *, page_size: int = 64) -> dict[str, Any]:
+def page_copy(
+    target: Target, model: str, *, page_size: int = 64, dtype: str = "uint16"
+) -> dict[str, Any]:
     """`copy_pages` of 16 pages."""
     import numpy as np
 
-    from kvjax.pallas_kernels import LayerPages, copy_pages
+    from kvjax.pallas_kernels import copy_pages
+
+    latent = model in LATENT
+    _, kv_heads, head_dim, _ = (0, 1, 576, None) if latent else MODELS[model]
+    pages, pool = layer_pages(target, (16384, kv_heads, page_size, head_dim), dtype, latent)
+    ids, held = target.array((16,), np.int32), [x for x in pages if x is not None]
+    compiled = target.compile(
+        functools.partial(copy_pages, backend="gpu"), pages, ids, ids, donate_argnums=0
+    )
+    pools = 1 if latent else 2
+    extra = sum(x.size * 4 for x in held[pools:])
+    return check(compiled, pool, pools=pools, in_place=pools, scales=extra)
+
+
+def quantise(target: Target, model: str, *, dtype: str) -> dict[str, Any]:
+    """`write_slots` of 512 tokens into scaled pages: XLA's, which must work in place as well."""
+    import jax.numpy as jnp
+    import numpy as np
+
+    from kvjax.pallas_kernels import write_slots
 
     _, kv_heads, head_dim, _ = MODELS[model]
-    pool = target.array((16384, kv_heads, page_size, head_dim), np.uint16)
-    ids = target.array((16,), np.int32)
+    pages, pool = layer_pages(target, (16384, kv_heads, 64, head_dim), dtype)
+    rows = target.array((512, kv_heads, head_dim), jnp.bfloat16)
     compiled = target.compile(
-        functools.partial(copy_pages, backend="gpu"), LayerPages(pool, pool), ids, ids,
-        donate_argnums=0,
+        functools.partial(write_slots, backend="xla"), pages, rows, rows,
+        target.array((512,), np.int32), donate_argnums=0,
     )  # fmt: skip
-    return check(compiled, pool, pools=2, in_place=2)
+    scales = 2 * 4 * pages.k_scale.size
+    return check(compiled, pool, pools=2, in_place=2, scales=scales, kernel=None)
 
 
 def rotary_shift(target: Target, model: str, *, page_size: int = 64) -> dict[str, Any]:
@@ -170,21 +209,28 @@ def rotary_shift(target: Target, model: str, *, page_size: int = 64) -> dict[str
     return check(compiled, pool, pools=2, in_place=2)
 
 
-def check(compiled: Any, pool: Any, *, pools: int, in_place: int) -> dict[str, Any]:
+def check(
+    compiled: Any, pool: Any, *, pools: int, in_place: int, scales: int = 0,
+    kernel: str | None = "mosaic_gpu",
+) -> dict[str, Any]:  # fmt: skip
     """What a compiled program must keep to; raises AssertionError with the numbers.
 
-    `pools` arrays like `pool` are arguments, `in_place` of them are donated.
+    `pools` arrays like `pool` are arguments, `in_place` of them are donated, and so are scales of
+    `scales` bytes. `kernel` is what the program must call, if anything.
     """
     one = pool.size * pool.dtype.itemsize
     memory = compiled.memory_analysis()
     assert not (compiled.cost_analysis() or {}).get("bytes accessed"), "bytes could be bounded now"
     assert b"\x7fELF" in compiled.runtime_executable().serialize(), "no cubin in the executable"
-    assert "mosaic_gpu" in compiled.as_text(), "no Mosaic GPU kernel in the program"
-    assert memory.alias_size_in_bytes == in_place * one, f"alias {memory.alias_size_in_bytes}"
+    assert kernel is None or kernel in compiled.as_text(), f"no {kernel} kernel in the program"
+    assert memory.alias_size_in_bytes == in_place * one + scales, (
+        f"alias {memory.alias_size_in_bytes}"
+    )
     temp = memory.temp_size_in_bytes
     assert temp < 0.01 * pools * one, f"temporary {temp} of a pool of {pools * one}"
     moved = pool_sized(compiled.as_text(), pool.size)
-    assert not moved, f"instructions of the pool's size: {moved}"
+    # a scatter in place is as large as its pool: there, the two sizes above say that it is
+    assert kernel is None or not moved, f"instructions of the pool's size: {moved}"
     return {"pool_bytes": pools * one, "alias_bytes": in_place * one, "temp_bytes": temp}
 
 
@@ -231,7 +277,7 @@ def cases() -> Iterator[tuple[str, Callable[[Target], dict[str, Any]]]]:
     )
     yield "cascade of 32", functools.partial(cascade, model="Llama-3-8B")
     yield "tree of 16", functools.partial(llama, tokens=128, max_query_len=16, words=1)
-    yield "bfloat16 pool", functools.partial(llama, max_query_len=None, bits=False)
+    yield "bfloat16 pool", functools.partial(llama, max_query_len=None, dtype="bfloat16")
     for page_size in (16, 32, 128):
         pages = 16384 * 64 // page_size
         yield (
@@ -240,6 +286,33 @@ def cases() -> Iterator[tuple[str, Callable[[Target], dict[str, Any]]]]:
         )
     for width in (80, 96, 192):
         yield f"head_dim {width}", functools.partial(llama, max_query_len=None, width=width)
+    for name, dtype in (("int8", "int8"), ("float8", "uint8")):
+        for model in MODELS:
+            of = functools.partial(attention, model=model, dtype=dtype, num_pages=32768)
+            yield (
+                f"decode {name} {model}",
+                functools.partial(of, seqs=16, tokens=16, max_query_len=1),
+            )
+            yield (
+                f"prefill {name} {model}",
+                functools.partial(of, seqs=8, tokens=1024, max_query_len=None),
+            )
+    for model in LATENT:
+        for name, dtype in (("", "uint16"), (" int8", "int8"), (" float8", "uint8")):
+            of = functools.partial(attention, model=model, dtype=dtype, num_pages=262144)
+            yield (
+                f"decode{name} {model}",
+                functools.partial(of, seqs=16, tokens=16, max_query_len=1),
+            )
+            yield (
+                f"prefill{name} {model}",
+                functools.partial(of, seqs=8, tokens=256, max_query_len=None),
+            )
+    yield "copy_pages DeepSeek-V3", functools.partial(page_copy, model="DeepSeek-V3")
+    for name, dtype in (("int8", "int8"), ("float8", "uint8")):
+        of_llama = {"model": "Llama-3-8B", "dtype": dtype}
+        yield f"copy_pages {name}", functools.partial(page_copy, **of_llama)
+        yield f"write_slots {name} by xla", functools.partial(quantise, **of_llama)
     yield "shift, pages of 16", functools.partial(rotary_shift, model="SmolLM2-135M", page_size=16)
 
 

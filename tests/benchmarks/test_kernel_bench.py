@@ -115,11 +115,11 @@ def test_tuning_records_what_beats_the_rule_by_more_than_noise(
     tables, monkeypatch, better, recorded
 ):
     monkeypatch.setitem(
-        tuning.RULES, "op/kernel", lambda *, head_dim, page_size: {"block": head_dim}
+        tuning.RULES, "op/kernel", lambda *, head_dim, page_size, bits: {"block": head_dim}
     )
 
     def seconds(tunable, *rest):
-        block = tuning.block_sizes("op/kernel", head_dim=64, page_size=16)["block"]
+        block = tuning.block_sizes("op/kernel", head_dim=64, page_size=16, bits=32)["block"]
         return {64: 1.0, 32: better}.get(block, "ValueError: too much shared memory")
 
     monkeypatch.setattr(kernel_tuning, "_seconds", seconds)
@@ -166,7 +166,7 @@ def test_the_command_tunes_the_cpu_and_later_calls_use_what_it_wrote(tables, mon
 
 def test_every_tunable_names_a_rule_and_its_sizes():
     facts = {"head_dim": 128, "page_size": 64, "group": 4, "bytes_per_key": 4096,
-             "bytes_per_token": 4096}  # fmt: skip
+             "bytes_per_token": 4096, "bits": 16}  # fmt: skip
     for tunable in kernel_tuning.TUNABLES:
         rule = tuning.RULES[tunable.kernel]
         named = inspect.signature(rule).parameters

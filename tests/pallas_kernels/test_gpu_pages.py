@@ -48,6 +48,27 @@ def test_all_sources_are_read_before_any_destination_is_written(interpreted, qua
             assert np.array_equal(np.asarray(a), np.asarray(b))
 
 
+@pytest.mark.parametrize("interpreted", RUNS)
+@pytest.mark.parametrize("dtype", [np.uint16, np.int8])
+def test_latent_pages_wider_than_a_box_are_copied_in_pieces(interpreted, dtype):
+    ids: Any = np.array([0, 1, 4], np.int32)
+    dst: Any = np.array([1, 3, 2], np.int32)
+    pages = LayerPages(_bits((6, 1, 32, 576)).astype(dtype))
+    call = jax.jit(functools.partial(copies.copy_pages, interpret=_interpret(interpreted)))
+    got: Any = call(pages, ids, dst)
+    want: Any = copy_pages(pages, ids, dst, backend="reference")
+    assert np.array_equal(np.asarray(got.k), np.asarray(want.k))
+
+
+def test_shifts_of_scaled_keys_are_refused_with_the_reason():
+    slots: Any = np.arange(4, dtype=np.int32)
+    tables: Any = rotary_tables([1] * 4, np.ones(32))
+    scale: Any = np.ones((4, 1, 16), np.float32)
+    pages = LayerPages(_bits((4, 1, 16, 64)).astype(np.int8), None, scale)
+    with pytest.raises(NotImplementedError, match="new scales"), hopper.ahead_of_time():
+        shifts.reposition(pages, slots, None, *tables)
+
+
 def _numbers(bits):
     return np.asarray(bits).view(ml_dtypes.bfloat16).astype(np.float64)
 
@@ -97,7 +118,7 @@ def test_moves_between_slots_are_refused():
 
 
 @pytest.mark.parametrize(
-    ("shape", "dtype"), [((4, 1, 16, 576), np.uint16), ((4, 1, 512, 64), np.uint16)]
+    ("shape", "dtype"), [((4, 1, 16, 68), np.uint16), ((4, 1, 512, 64), np.uint16)]
 )
 def test_pages_that_are_no_box_are_refused(shape, dtype):
     ids: Any = np.arange(2, dtype=np.int32)
