@@ -1,12 +1,29 @@
 """Fixtures of the whole suite, and the device it runs on."""
 
+import gc
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 # Before anything imports jax.
 os.environ["JAX_PLATFORMS"] = os.environ.get("KVJAX_TEST_DEVICE", "cpu")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def room_for_programs() -> Iterator[None]:
+    """Drops compiled programs before they take the last of a process's memory mappings.
+
+    Each takes some twenty, Linux allows 65,530, and a compile that gets none ends the process.
+    """
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and maps.read_text().count("\n") > 25_000:
+        import jax
+
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture(scope="session")
