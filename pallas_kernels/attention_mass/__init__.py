@@ -9,10 +9,11 @@ this is a second pass over the keys, without values.
 import jax
 from jaxtyping import Array, Float, Int, UInt32
 
+from kvjax.pallas_kernels import compat
 from kvjax.pallas_kernels.attention_mass import reference, xla
 from kvjax.pallas_kernels.attention_mass.result import AttentionMass
 from kvjax.pallas_kernels.checks import Checks
-from kvjax.pallas_kernels.dispatch import Operation
+from kvjax.pallas_kernels.dispatch import Operation, later
 from kvjax.pallas_kernels.page_ops import Pages
 from kvjax.pallas_kernels.paged_attention import check_arguments
 
@@ -20,9 +21,14 @@ __all__ = ["AttentionMass", "attention_mass"]
 
 _mass = Operation(
     "attention_mass",
-    {"*": ("xla",)},
-    {"xla": xla.attention_mass, "reference": reference.attention_mass},
+    {"tpu": ("tpu", "xla"), "*": ("xla",)},
+    {
+        "tpu": later("kvjax.pallas_kernels.attention_mass.tpu", "attention_mass"),
+        "xla": xla.attention_mass,
+        "reference": reference.attention_mass,
+    },
     {"reference": "float64 numpy on the host, the specification: only by name, outside jit"},
+    {"tpu": compat.probe_tpu},
 )
 
 

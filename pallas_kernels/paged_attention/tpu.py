@@ -15,9 +15,10 @@ from jaxtyping import Array
 from kvjax.pallas_kernels import compat
 from kvjax.pallas_kernels.page_ops import PackedPages
 from kvjax.pallas_kernels.paged_attention.tpu_decode import decode
-from kvjax.pallas_kernels.paged_attention.tpu_items import decode_items, prefill_items
+from kvjax.pallas_kernels.paged_attention.tpu_items import decode_items
 from kvjax.pallas_kernels.paged_attention.tpu_prefill import prefill
 from kvjax.pallas_kernels.paged_attention.tpu_stream import Geometry
+from kvjax.pallas_kernels.paged_attention.tpu_tiles import Tiling, power_of_two, prefill_sizes
 from kvjax.pallas_kernels.tuning import block_sizes, rule
 
 _READABLE = (  # uint16 and uint8 are the bits of bfloat16 and float8
@@ -25,7 +26,6 @@ _READABLE = (  # uint16 and uint8 are the bits of bfloat16 and float8
 )  # fmt: skip
 _TABLE_BYTES = 512 * 1024  # of scalar memory (1 MiB) for block tables
 _BLOCK_BYTES = 1024 * 1024  # of pages per buffer, of which there are two
-_TILE_BYTES = 16 * 1024 * 1024  # of VMEM for the queries and results of a prefill tile
 
 
 def paged_attention(
@@ -46,8 +46,7 @@ def paged_attention(
     if sinks is None:
         sinks = jnp.full(q_heads, -jnp.inf)
     sinks = jnp.asarray(sinks, jnp.float32).reshape(g.kv_heads, g.group, 1)
-    q = _lane_aligned((q.astype(jnp.float32) * scale).astype(g.q_dtype), g.q_lanes)
-    q = q.reshape(tokens, g.kv_heads, g.group, g.q_lanes)
+    q = queries(g, q, scale)
     tail = jnp.zeros((tokens, 0), jnp.int32)
     if tail_mask is not None:
         tail = jax.lax.bitcast_convert_type(jnp.asarray(tail_mask), jnp.int32)
@@ -104,37 +103,17 @@ def geometry(
     )  # fmt: skip
 
 
-def _power_of_two(n: int) -> int:
-    """The largest power of two up to `n`."""
-    return 1 << max(n, 1).bit_length() - 1
-
-
-def _lane_aligned(x: Array, lanes: int) -> Array:
-    return jnp.pad(x, ((0, 0),) * (x.ndim - 1) + ((0, lanes - x.shape[-1]),))
+def queries(g: Geometry, q: Array, scale: float) -> Array:
+    """Scaled `[tokens, kv_heads, group, q_lanes]` in the dtype of the products."""
+    q = (q.astype(jnp.float32) * scale).astype(g.q_dtype)
+    q = jnp.pad(q, ((0, 0), (0, 0), (0, g.q_lanes - q.shape[-1])))
+    return q.reshape(q.shape[0], g.kv_heads, g.group, g.q_lanes)
 
 
 @rule("paged_attention/tpu_keys")
 def _keys(bytes_per_key: int) -> dict[str, int]:
     """Keys per block, the same in both bodies: a buffer of about a MiB."""
-    return {"keys": min(512, max(128, _power_of_two(_BLOCK_BYTES // bytes_per_key)))}
-
-
-@rule("paged_attention/tpu_prefill")
-def _prefill_sizes(group: int, bytes_per_token: int) -> dict[str, int]:
-    """Query tokens per tile and per chunk: about 128 rows a product, a tile that fits VMEM.
-
-    The tokens of a chunk are rows beside each other, so there are whole registers of 8, or one.
-    """
-    chunk = 1 if group >= 64 else max(8, _power_of_two(128 // group))
-    return {"tile": min(128, _power_of_two(_TILE_BYTES // bytes_per_token)), "chunk": chunk}
-
-
-def prefill_sizes(g: Geometry, tokens: int) -> tuple[int, int]:
-    """Query tokens per tile and per chunk, powers of two."""
-    rows = g.kv_heads * g.group
-    per_token = 2 * rows * (g.q_lanes * g.q_dtype.itemsize + 4 * g.v_lanes + 4 * 128 * 2)
-    sizes = block_sizes("paged_attention/tpu_prefill", group=g.group, bytes_per_token=per_token)
-    return max(8, sizes["chunk"], min(sizes["tile"], 2 * _power_of_two(tokens))), sizes["chunk"]
+    return {"keys": min(512, max(128, power_of_two(_BLOCK_BYTES // bytes_per_key)))}
 
 
 def prefill_tile(pages: PackedPages, q_heads: int, value_width: int | None, tokens: int) -> int:
@@ -185,30 +164,11 @@ class _Call:
     def tiles(self, q: Array) -> list[Array]:
         """Rows of the sequences that bring several tokens; the other rows are zeros."""
         g, tokens = self.g, q.shape[0]
-        tile, chunk = prefill_sizes(g, tokens)
-        missing = -tokens % tile
-        token = jnp.arange(tokens, dtype=jnp.int32)
-        owner = jnp.searchsorted(self.starts, token, side="right").astype(jnp.int32) - 1
-        real = token < self.starts[-1]
-        owner = jnp.clip(owner, 0, self.kv_lens.shape[0] - 1)
-        hi = jnp.where(real, jnp.minimum(self.hi, self.kv_lens[owner]), 0)
-        rows = jnp.concatenate([self.lo[:, None], hi[:, None], self.tail], axis=1)
-        rows = jnp.pad(rows, ((0, missing), (0, 0)))
-        items = prefill_items(
-            self.starts, self.kv_lens, rows[:, 0], rows[:, 1], g.tail_words, g.block, tile
-        )
-        padded = jnp.pad(q, ((0, missing), (0, 0), (0, 0), (0, 0)))
-        chunks = padded.reshape(-1, chunk, *q.shape[1:]).transpose(0, 2, 3, 1, 4)
-        chunks = chunks.reshape(-1, g.kv_heads, g.group * chunk, g.q_lanes)
+        tiling = Tiling(g, self.starts, self.kv_lens, self.lo, self.hi, self.tail)
+        tile, chunk = tiling.tile, tiling.chunk
         results = prefill(
-            g, items, self.tables, chunks, rows, jnp.repeat(self.sinks, chunk, axis=1),
-            self.pool, self.scales, self.cost(tokens, -(-tokens // tile)),
-            tile=tile, chunk=chunk,
+            g, tiling.items, self.tables, tiling.chunks(q), tiling.rows,
+            jnp.repeat(self.sinks, chunk, axis=1), self.pool, self.scales,
+            self.cost(tokens, -(-tokens // tile)), tile=tile, chunk=chunk,
         )  # fmt: skip
-
-        def by_token(x: Array) -> Array:
-            x = x.reshape(-1, g.kv_heads, g.group, chunk, x.shape[-1]).transpose(0, 3, 1, 2, 4)
-            x = x.reshape(-1, *x.shape[2:])[:tokens]
-            return jnp.where((real & ~self.single[owner])[:, None, None, None], x, 0)
-
-        return [by_token(x) for x in results]
+        return [tiling.by_token(x) for x in results]

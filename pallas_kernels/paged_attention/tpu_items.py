@@ -59,18 +59,20 @@ def decode_items(starts, kv_lens, lo, hi, tail_words: int, block: int) -> Items:
     )  # fmt: skip
 
 
-def prefill_items(starts, kv_lens, lo, hi, tail_words: int, block: int, tile: int) -> Items:
-    """Pairs of a sequence of several tokens and a tile, in token order.
+def prefill_items(
+    starts, kv_lens, lo, hi, tail_words: int, block: int, tile: int, *, least: int = 2
+) -> Items:
+    """Pairs of a sequence of at least `least` tokens and a tile, in token order.
 
     A tile of tokens may hold several sequences, and then has several items one after another.
     `lo` and `hi` are padded to whole tiles.
     """
     tokens = lo.shape[0]
     first, last = starts[:-1], starts[1:] - 1
-    tiles = jnp.where(jnp.diff(starts) > 1, last // tile - first // tile + 1, 0)
+    tiles = jnp.where(jnp.diff(starts) >= least, last // tile - first // tile + 1, 0)
     bounds = jnp.cumsum(tiles)
     # a sequence adds at most one tile that it shares with its predecessor
-    limit = tokens // tile + min(starts.shape[0] - 1, tokens // 2)
+    limit = tokens // tile + min(starts.shape[0] - 1, tokens // least)
     i = jnp.arange(limit, dtype=jnp.int32)
     seq = jnp.searchsorted(bounds, i, side="right").astype(jnp.int32)
     real = i < bounds[-1]

@@ -17,7 +17,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array
 
 from kvjax.pallas_kernels import compat
-from kvjax.pallas_kernels.paged_attention.blockwise import absorb, finish, tail_allows
+from kvjax.pallas_kernels.paged_attention.blockwise import absorb, finish
 from kvjax.pallas_kernels.paged_attention.softmax import NEVER, Softmax
 from kvjax.pallas_kernels.paged_attention.tpu_items import Items
 from kvjax.pallas_kernels.paged_attention.tpu_stream import (
@@ -26,6 +26,7 @@ from kvjax.pallas_kernels.paged_attention.tpu_stream import (
     PageStream,
     product,
 )
+from kvjax.pallas_kernels.paged_attention.tpu_tiles import chunk_bounds, visible_rows
 
 
 class _Tile:
@@ -79,19 +80,9 @@ class _Tile:
 
     def _visible(self, c, first_key, copies: int) -> Array:
         """Mask `[copies * chunk, block]` of chunk `c`; rows of other sequences see nothing."""
-        g, items, i = self.geometry, self.items, self.i
         rows = self.rows[pl.ds(c * self.chunk, self.chunk), :]
-        token = (items.tile[i] * self.q.shape[0] + c) * self.chunk
-        token += jax.lax.broadcasted_iota(jnp.int32, (self.chunk, 1), 0)
-        ours = (token >= items.begin[i]) & (token < items.end[i])
-        hi = jnp.where(ours, rows[:, 1:2], 0)
-        rows = jnp.concatenate([rows] * copies)
-        hi = jnp.concatenate([hi] * copies)
-        keys = first_key + jax.lax.broadcasted_iota(jnp.int32, (1, g.block), 1)
-        mask = (keys >= rows[:, 0:1]) & (keys < hi)
-        if g.tail_words:
-            mask &= tail_allows(keys, rows[:, 2:], items.tail[i], first_key)
-        return mask
+        token = (self.items.tile[self.i] * self.q.shape[0] + c) * self.chunk
+        return visible_rows(self.geometry, self.items, self.i, rows, token, first_key, copies)
 
     def _block(self, first_key, slot, carry):
         g = self.geometry
@@ -164,8 +155,7 @@ def prefill(
     """
     g = geometry
     per_tile, shape = tile // chunk, q.shape[:3]
-    lo, hi = rows[:, 0].reshape(-1, chunk), rows[:, 1].reshape(-1, chunk)
-    chunk_lo, chunk_hi = lo.min(axis=1), hi.max(axis=1)
+    chunk_lo, chunk_hi = chunk_bounds(rows, chunk)
 
     def of_tile(*shape: int) -> pl.BlockSpec:
         rest = (0,) * (len(shape) - 1)
