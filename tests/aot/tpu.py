@@ -311,8 +311,8 @@ def check(compiled: Any, program: Program, recorded: float | None) -> tuple[str,
     alias, temp = memory.alias_size_in_bytes, memory.temp_size_in_bytes
     moved = int((compiled.cost_analysis() or {}).get("bytes accessed", 0))
     assert alias == (pool if program.donate else 0), f"alias {alias} of a pool of {pool}"
-    # queries and results are no part of the pool, whatever order their copies are in
-    rows = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(program.args[1:]))
+    # queries and results are no part of the pool, whatever order or width their copies have
+    rows = sum(4 * x.size for x in jax.tree.leaves(program.args[1:]))
     rows += 2 * (memory.output_size_in_bytes - alias)
     assert temp < 0.01 * pool or temp < 2 * rows, f"temporary {temp} of a pool of {pool}"
     assert "tpu_custom_call" in compiled.as_text(), "no Mosaic kernel"
