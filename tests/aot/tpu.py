@@ -150,7 +150,7 @@ def attention(
 def mass(chip: Chip, model: Model, dtype: Any, *, tokens: int = 256) -> Program:
     """Column and segment sums of two sequences."""
     pages, slot = pool_of(chip, model, dtype)
-    seqs, context, segments = 2, 8192, 4
+    seqs, context, segments = 2, 131072, 4
     ints = functools.partial(chip.array, dtype=jnp.int32)
 
     def run(pages, q, lse, tables, starts, kv_lens, lo, hi, segment_starts):
@@ -165,7 +165,7 @@ def mass(chip: Chip, model: Model, dtype: Any, *, tokens: int = 256) -> Program:
         ints((seqs + 1,)), ints((seqs,)), ints((tokens,)), ints((tokens,)),
         ints((seqs, segments + 1)),
     )  # fmt: skip
-    walks = seqs + tokens // prefill_tile(pages, model.q_heads, model.latent, tokens)
+    walks = -(-tokens // prefill_tile(pages, model.q_heads, model.latent, tokens))
     row = model.q_heads * 2 * (model.width + 2)
     formula = walks * context * slot + tokens * row
     return Program(run, args, formula, donate=False)
