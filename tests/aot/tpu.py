@@ -338,7 +338,7 @@ def missing() -> str | None:
         found = importlib.metadata.version("libtpu")
     except importlib.metadata.PackageNotFoundError:
         return f"libtpu=={wanted}.* is not installed"
-    if not found.startswith(f"{wanted}."):
+    if not f"{found}.".startswith(f"{wanted}."):
         return f"libtpu {found} does not fit jax {jax.__version__}, which wants {wanted}"
     return None
 
