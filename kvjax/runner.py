@@ -34,12 +34,13 @@ from kvjax.programs import SideKey, side_program
 from kvjax.readout import ScoreShape, padded
 from kvjax.request import SamplingParams
 from kvjax.reuse.assemble import Move
-from kvjax.reuse.forward import StagedShape, rung
+from kvjax.reuse.forward import StagedShape
 from kvjax.reuse.pack import batched_moves, stage_prompt
-from kvjax.reuse.read import ReadShape
+from kvjax.reuse.read import read_pieces
 from kvjax.sequence import Sequence
 from kvjax.step import Bucket, StepBatch, StepLayout, ints, step
 from kvjax.step_plan import Limits, Portion, StepPlan
+from kvjax.transfer import ImportShape, Spans, export_pieces, import_pieces
 
 ProgramKey = Bucket | SideKey | str
 
@@ -203,14 +204,19 @@ class Runner:
 
         Blocks until the steps before it are done. For the thread that owns the engine.
         """
-        count = len(slots)
-        shape = ReadShape(rung(count))
-        rest = (0, shape.tokens - count)
-        padded = np.pad(slots.astype(np.int32), rest, constant_values=-1)
-        shifts = np.zeros(shape.tokens, np.int32)
-        shifts[:count] = shift
-        k, v = self._program(shape)(self._weights, self.pages, padded, shifts)
-        return np.asarray(k)[:, :count], None if v is None else np.asarray(v)[:, :count]
+        return read_pieces(self._call, slots, shift)
+
+    def export(self, slots: np.ndarray) -> Spans:
+        """What is stored at `slots`, layer by layer, as numpy. Blocks as `read` does."""
+        return export_pieces(self._call, slots)
+
+    def load(self, spans: Spans, slots: np.ndarray) -> None:
+        """Stores what `export` gave at other slots. If this raises, pages are lost."""
+        for at, part in import_pieces(spans, slots):
+            self.pages = self._call(ImportShape(len(at)), part, at)
+
+    def _call(self, key: SideKey, *arguments: Any) -> Any:
+        return self._program(key)(self._weights, self.pages, *arguments)
 
     # ---- running ----------------------------------------------------------------------------
 
