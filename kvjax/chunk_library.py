@@ -20,6 +20,7 @@ from kvjax.progress import encoding_bar
 from kvjax.request import Chunk
 from kvjax.reuse import parse
 from kvjax.reuse.strategy import context_hash
+from kvjax.segmentation import segment
 from kvjax.transfer import Spans
 
 Documents = str | Chunk | Sequence[str | Chunk]
@@ -66,6 +67,11 @@ class ChunkLibrary:
         """`fingerprint` of the weights; it may have to read them."""
         self._engine, self._intake, self._fingerprint = engine, intake, fingerprint
         self._about: dict[str, Any] | None = None
+
+    def segment(self, text: str, max_tokens: int) -> tuple[Chunk, ...]:
+        """A document as chunks of at most `max_tokens` tokens, which together are its tokens: cut
+        at paragraphs, sentences or words. See `kvjax.segmentation`."""
+        return segment(text, self._intake.tokenizer, max_tokens)
 
     def put(
         self,

@@ -14,7 +14,8 @@ from kvjax.build import build, tensor_parallel_mesh
 from kvjax.chunk_library import ChunkLibrary
 from kvjax.conditioning import Conditioned, condition
 from kvjax.config import EngineConfig
-from kvjax.intake import Prompt, is_marked
+from kvjax.intake import Prompt
+from kvjax.marked import is_marked
 from kvjax.models.tokenizers import Tokenizer
 from kvjax.progress import progress_bar
 from kvjax.request import RequestOutput, SamplingParams
