@@ -190,6 +190,11 @@ class LLM:
                 self.engine.discard(sequence)
         return [self._intake.output(request) for request in requests]
 
+    def marked_ids(self, prompt: Prompt) -> tuple[tuple[int, ...], tuple[tuple[int, int], ...]]:
+        """Token ids of a prompt, and the spans of its chunks. Raises `ValueError` if it is none."""
+        _, ids, spans = self._intake.marked_tokens(prompt)
+        return tuple(self._intake.checked_ids(ids)), spans
+
     # ---- the rest ---------------------------------------------------------------------------
 
     def get_tokenizer(self) -> Tokenizer:
