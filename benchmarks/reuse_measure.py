@@ -68,7 +68,7 @@ class EngineInstrument:
 
     def begin(self, corpus: Corpus, methods: Sequence[str]) -> None:
         """Empties the stores, and fills them for strategies that encode passages among others."""
-        self._llm.chunks.forget()
+        self._llm.engine.chunks.forget()
         self._llm.reset_prefix_cache()
         self._reference = None
         passages = {p.id: p for item in corpus.items for p in item.passages}
@@ -78,7 +78,7 @@ class EngineInstrument:
             strategy = parse(method)
             if type(strategy).enrich is not Strategy.enrich:
                 chunks = [self._chunk(passage) for passage in passages.values()]
-                self._llm.put_chunks(chunks, strategy=strategy)
+                self._llm.chunks.put(chunks, strategy=strategy)
 
     def measure(self, item: Item, method: str) -> Reading:
         """One reading.
@@ -176,7 +176,7 @@ class EngineInstrument:
 
     def _stored_bytes(self, item: Item, strategy: Strategy, ids: tuple[int, ...]) -> float:
         """Bytes that the variants which serve this prompt take, over their tokens."""
-        chunks, segments, at = self._llm.chunks, [], 0
+        chunks, segments, at = self._llm.engine.chunks, [], 0
         for number, part in enumerate(self._prompt(item)):
             content = part.content if isinstance(part, Chunk) else part
             if isinstance(content, str):

@@ -15,6 +15,7 @@ from typing import Any
 from jax.sharding import Mesh
 
 from kvjax.build import build, tensor_parallel_mesh
+from kvjax.chunk_library import AsyncChunkLibrary, ChunkLibrary
 from kvjax.config import EngineConfig
 from kvjax.errors import KVJaxError
 from kvjax.grammar import Grammars
@@ -89,6 +90,10 @@ class AsyncLLM:
         built = build(model, config, mesh)
         self.engine, self._intake = built.engine, built.intake
         self._tokenizer = built.tokenizer
+        self.chunks = AsyncChunkLibrary(
+            ChunkLibrary(built.engine, built.intake, lambda: built.checkpoint.fingerprint),
+            self.call,
+        )
         self._compiles = compile_when_idle
         self.sessions = Sessions(self.engine)  # for the engine's thread: use `call`
         self.engine.reclaim = self.sessions.drop_oldest

@@ -59,18 +59,6 @@ class Chunks:
         """What is stored, and counts so far."""
         return self.store.stats
 
-    def pin(self, tokens: Sequence[int], salt: str | None = None) -> int:
-        """Keeps a chunk from being evicted; the number of its variants. `unpin` undoes it.
-
-        Raises:
-          UnknownChunk: no KV is stored for these tokens.
-        """
-        return self.store.pin(salt, tokens_hash(tokens))
-
-    def unpin(self, tokens: Sequence[int], salt: str | None = None) -> int:
-        """Lets a pinned chunk be evicted again. Raises as `pin` does."""
-        return self.store.pin(salt, tokens_hash(tokens), by=-1)
-
     def read(self, variant: Variant) -> tuple[np.ndarray, np.ndarray | None]:
         """Its keys and values, float32 `[layers, tokens, kv_heads, width]`, keys turned back to
         positions from 0; no values for a latent. Blocks until they are computed.
@@ -242,7 +230,15 @@ class Chunks:
     ) -> bool:  # fmt: skip
         """Queues the encoding of a chunk ahead of any prompt; whether it is on its way or there.
 
-        `strategy` annotates it once it is stored.
+        `strategy` annotates it once it is stored. Raises as `check` does.
+        """
+        self.check(tokens, context)
+        key = self.encode(tokens, context, salt, strategy or Strategy())
+        wanted = VariantKey(salt, tokens_hash(tokens), context_hash(context))
+        return key is not None or self.store.get(wanted) is not None
+
+    def check(self, tokens: Tokens, context: Tokens = ()) -> None:
+        """Does nothing for what can be encoded.
 
         Raises:
           ValueError: there are no tokens.
@@ -255,6 +251,7 @@ class Chunks:
                 f"the chunk has {len(context) + len(tokens)} tokens with its context; "
                 f"max_model_len={self._max_model_len} allows {self._max_model_len - 1}"
             )
-        key = self.encode(tokens, context, salt, strategy or Strategy())
-        wanted = VariantKey(salt, tokens_hash(tokens), context_hash(context))
-        return key is not None or self.store.get(wanted) is not None
+
+    def is_encoding(self, key: VariantKey) -> bool:
+        """Whether a variant is on its way."""
+        return key in self._jobs

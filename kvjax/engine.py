@@ -35,6 +35,7 @@ from kvjax.runner import Dispatched, RowOwner, Runner
 from kvjax.schedule import Scheduler
 from kvjax.sequence import Assembled, Request, Sequence, Status
 from kvjax.step_plan import Limits, Portion, StepPlan
+from kvjax.transfer import Spans
 
 _ASKED = "the structured outputs, bad words and allowed token ids together"
 MAX_SCORED_TOKENS = 128  # prompt tokens whose logits one step keeps
@@ -160,6 +161,14 @@ class Engine:
         k, v = self.runner.read(slots, 0)
         values = [None] * len(k) if v is None else v
         return tuple(LayerKV(keys, held) for keys, held in zip(k, values, strict=True))
+
+    def load(self, spans: Spans, slots: np.ndarray) -> None:
+        """Stores KV that `Runner.export` gave at slots that nobody else reads or writes."""
+        try:
+            self.runner.load(spans, slots)
+        except BaseException:  # the program consumes the pages
+            self._start_over()
+            raise
 
     @property
     def parked(self) -> frozenset[Sequence]:

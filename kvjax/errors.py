@@ -59,4 +59,8 @@ class InvalidPlan(KVJaxError, ValueError):
 
 
 class CorruptChunks(KVJaxError, ValueError):
-    """A file of saved chunks is damaged, or was written for another model or KV type."""
+    """A file of saved chunks is damaged where that concerns all of them, or is no such file."""
+
+
+class ForeignChunks(KVJaxError, ValueError):
+    """Saved chunks hold for another model, KV type or tokenizer; the message names both."""

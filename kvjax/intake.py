@@ -12,6 +12,7 @@ from typing import Any
 from kvjax.decode import RowRequest, pack_rows, seat_features, stage_arguments
 from kvjax.errors import PromptTooLong
 from kvjax.grammar import Grammars
+from kvjax.marked import chat_parts, has_chunks, is_marked, part_of
 from kvjax.models.chat import render_chat
 from kvjax.models.tokenizers import Tokenizer
 from kvjax.request import (
@@ -138,7 +139,11 @@ class Intake:
         """Text and ids of a prompt, and the spans of its chunks. Parts are tokenised by themselves:
         the same text gives the same ids wherever it stands."""
         if isinstance(prompt, Mapping) and isinstance(prompt.get("prompt"), list):
-            prompt = [_part(part) for part in prompt["prompt"]]
+            prompt = [part_of(part) for part in prompt["prompt"]]
+        messages = prompt.get("messages") if isinstance(prompt, Mapping) else prompt
+        chat = has_chunks(messages)
+        if chat:
+            prompt = chat_parts(self.tokenizer, messages)  # type: ignore[arg-type]
         if not is_marked(prompt):
             return *self.tokens(prompt), ()
         ids: list[int] = []
@@ -147,7 +152,8 @@ class Intake:
         for number, part in enumerate(parts):
             content = part.content if isinstance(part, Chunk) else part
             if isinstance(content, str):
-                first = number == 0 and not isinstance(part, Chunk)
+                # A template writes its own special tokens.
+                first = number == 0 and not isinstance(part, Chunk) and not chat
                 encoded = self.tokenizer.encode(content, add_special_tokens=first)
                 texts.append(content)
             else:
@@ -272,24 +278,6 @@ class Intake:
             reuse=self.report(request),
             error=request.error,
         )
-
-
-def is_marked(prompt: Any) -> bool:
-    """Whether a prompt is a list of texts and chunks."""
-    if not isinstance(prompt, list | tuple) or not prompt:
-        return False
-    return any(isinstance(part, Chunk) for part in prompt) and all(
-        isinstance(part, str | Chunk) for part in prompt
-    )
-
-
-def _part(part: Any) -> str | Chunk:
-    """A part of a prompt in JSON: text, or `{"chunk": text or ids}`."""
-    if isinstance(part, str):
-        return part
-    if isinstance(part, Mapping) and set(part) == {"chunk"}:
-        return Chunk(part["chunk"])
-    raise ValueError(f'a part of a prompt is text or {{"chunk": text}}, got {part!r}')
 
 
 def _completion(index: int, sequence: Sequence, streaming: bool) -> CompletionOutput:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import IO, Any, NoReturn
 
 from kvjax.intake import Prompt
+from kvjax.marked import is_marked, part_of
 from kvjax.request import CompletionOutput, Logprob, RequestOutput, SamplingParams
 
 _PROMPT_FIELDS = ("prompt", "prompt_token_ids", "messages")
@@ -111,12 +112,17 @@ def _decoded(line: Line) -> str:
 
 def _checked_prompt(name: str, value: Any) -> Any:
     """The prompt if its JSON type is the field's."""
-    wanted = str if name == "prompt" else list
-    if not isinstance(value, wanted):
-        kind = "text" if wanted is str else "a list"
+    if name == "prompt" and isinstance(value, str):
+        return value
+    if not isinstance(value, list):
+        kind = "text or a list of texts and chunks" if name == "prompt" else "a list"
         raise ValueError(f"{name} must be {kind}, got {type(value).__name__}")
     if name == "prompt":
-        return value
+        if not is_marked(parts := [part_of(part) for part in value]):
+            raise ValueError(
+                f'a prompt of parts needs a {{"chunk": text}} among them, got {value!r}'
+            )
+        return {name: parts}
     inner = int if name == "prompt_token_ids" else dict
     for item in value:
         if not isinstance(item, inner) or isinstance(item, bool):

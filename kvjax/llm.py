@@ -11,16 +11,15 @@ from jax.sharding import Mesh
 
 from kvjax.branch import Branch
 from kvjax.build import build, tensor_parallel_mesh
-from kvjax.cache.chunks import tokens_hash
-from kvjax.chunks import Chunks
+from kvjax.chunk_library import ChunkLibrary
 from kvjax.conditioning import Conditioned, condition
 from kvjax.config import EngineConfig
-from kvjax.intake import Prompt, is_marked
+from kvjax.intake import Prompt
+from kvjax.marked import is_marked
 from kvjax.models.tokenizers import Tokenizer
 from kvjax.progress import progress_bar
-from kvjax.request import Chunk, RequestOutput, SamplingParams
+from kvjax.request import RequestOutput, SamplingParams
 from kvjax.reuse import parse
-from kvjax.reuse.strategy import context_hash
 from kvjax.sequence import Request
 from kvjax.stream import Job, Result, run_stream
 
@@ -33,6 +32,8 @@ class LLM:
         `kvjax models` such as "smollm2-135m".
       tensor_parallel_size: devices that share every layer; or pass a `mesh` with an axis "model".
       config: everything else; single fields may be given as keywords instead.
+
+    `chunks` is its `ChunkLibrary`: documents encoded ahead of time, pinned, saved, loaded.
     """
 
     def __init__(
@@ -50,6 +51,7 @@ class LLM:
         self.engine, self._intake = built.engine, built.intake
         self.model_config, self.checkpoint = built.config, built.checkpoint
         self._tokenizer = built.tokenizer
+        self.chunks = ChunkLibrary(built.engine, built.intake, lambda: built.checkpoint.fingerprint)
 
     def generate(
         self,
@@ -182,11 +184,16 @@ class LLM:
                 pass
             for sequence in sequences:
                 if sequence.request.error is None:
-                    self.chunks.keep_output(sequence)
+                    self.engine.chunks.keep_output(sequence)
         finally:
             for sequence in sequences:
                 self.engine.discard(sequence)
         return [self._intake.output(request) for request in requests]
+
+    def marked_ids(self, prompt: Prompt) -> tuple[tuple[int, ...], tuple[tuple[int, int], ...]]:
+        """Token ids of a prompt, and the spans of its chunks. Raises `ValueError` if it is none."""
+        _, ids, spans = self._intake.marked_tokens(prompt)
+        return tuple(self._intake.checked_ids(ids)), spans
 
     # ---- the rest ---------------------------------------------------------------------------
 
@@ -197,29 +204,6 @@ class LLM:
     def reset_prefix_cache(self) -> int:
         """Forgets cached prefixes; the number of pages that became free."""
         return self.engine.reset_prefix_cache()
-
-    @property
-    def chunks(self) -> Chunks:
-        """The stored chunks: `put_chunks` fills it ahead of time."""
-        return self.engine.chunks
-
-    def put_chunks(
-        self, documents: Seq[str | Chunk], *, strategy: Any = None, cache_salt: str | None = None
-    ) -> int:
-        """Encodes documents ahead of any prompt, behind the context their strategy wants.
-
-        Returns how many are stored; the others were not let in, for want of room.
-        """
-        chosen = self._intake.reuse if strategy is None else parse(strategy)
-        parts = [part if isinstance(part, Chunk) else Chunk(part) for part in documents]
-        corpus = [tuple(self._intake.marked_tokens([part])[1]) for part in parts]
-        for tokens in corpus:
-            self.chunks.put(tokens, chosen.enrich(tokens, corpus), cache_salt, chosen)
-        while self.engine.has_work:
-            self.engine.step()
-        found = [self.chunks.store.variants(cache_salt, tokens_hash(tokens)) for tokens in corpus]
-        return sum(context_hash(chosen.enrich(tokens, corpus)) in variants
-                   for tokens, variants in zip(corpus, found, strict=True))  # fmt: skip
 
     def condition(
         self, prompt: Prompt, *, strategy: Any = "kamera", cache_salt: str | None = None

@@ -1,4 +1,5 @@
-"""Programs beside the step: moving stored chunks, staged prefills, reading KV, scoring tokens.
+"""Programs beside the step: moving stored chunks, staged prefills, KV read, taken out and put in,
+tokens scored.
 
 Each is a function of the model and the pages; the runner compiles one per key, at first use.
 """
@@ -14,8 +15,9 @@ from kvjax.reuse.forward import StagedShape, run_staged
 from kvjax.reuse.move import move_chunks
 from kvjax.reuse.pack import MoveShape, empty_batch, empty_move
 from kvjax.reuse.read import ReadShape, read_slots
+from kvjax.transfer import ExportShape, ImportShape, empty_spans, export_slots, import_slots
 
-SideKey = MoveShape | StagedShape | ReadShape | ScoreShape
+SideKey = MoveShape | StagedShape | ReadShape | ScoreShape | ExportShape | ImportShape
 
 
 class SideProgram(NamedTuple):
@@ -42,6 +44,12 @@ def side_program(key: SideKey, spec: KVSpec, num_layers: int, pages_per_seq: int
     def score(model, pages, *arrays):
         return run_rows(model, pages, spec, *arrays)
 
+    def export(model, pages, slots):
+        return export_slots(pages, spec, slots)
+
+    def load(model, pages, spans, slots):
+        return import_slots(pages, spans, slots)
+
     match key:
         case MoveShape():
             return SideProgram(move, empty_move(key, num_layers, spec), True)
@@ -49,6 +57,11 @@ def side_program(key: SideKey, spec: KVSpec, num_layers: int, pages_per_seq: int
             return SideProgram(staged, (empty_batch(key, pages_per_seq),), True)
         case ReadShape():
             return SideProgram(read, (np.zeros(key.tokens, np.int32),) * 2, False)
+        case ExportShape():
+            return SideProgram(export, (np.zeros(key.tokens, np.int32),), False)
+        case ImportShape():
+            spans = empty_spans(spec, key.tokens)
+            return SideProgram(load, (spans, np.zeros(key.tokens, np.int32)), True)
         case ScoreShape():
             table, number = np.zeros((1, pages_per_seq), np.int32), np.zeros((), np.int32)
             arguments = (np.zeros(key.rows, np.int32), number, number, table)

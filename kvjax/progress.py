@@ -1,8 +1,8 @@
-"""Progress of a batch on the terminal: requests done, tokens per second, share of KV reused."""
+"""Progress on the terminal: what is done of a batch or a corpus, tokens per second, KV reused."""
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -48,9 +48,32 @@ def progress_bar(show: bool, total: int | None) -> Iterator[Bar]:
     if not show:
         yield Bar(None, total)
         return
+    with _progress() as progress:
+        yield Bar(progress, total)
+
+
+@contextlib.contextmanager
+def encoding_bar(show: bool, total: int) -> Iterator[Callable[[int, int], None]]:
+    """The same for documents that are encoded; it is told how many, and of how many tokens."""
+    if not show:
+        yield lambda chunks, tokens: None
+        return
+    start, num_tokens = time.monotonic(), 0
+    with _progress() as progress:
+        task = progress.add_task("chunks", total=total, rate="")
+
+        def encoded(chunks: int, tokens: int) -> None:
+            nonlocal num_tokens
+            num_tokens += tokens
+            rate = num_tokens / max(time.monotonic() - start, 1e-9)
+            progress.update(task, advance=chunks, rate=f"{rate:.0f} tokens/s")
+
+        yield encoded
+
+
+def _progress() -> Progress:
     columns = (
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
         TextColumn("{task.fields[rate]}"),
     )  # fmt: skip
-    with Progress(*columns, console=Console(stderr=True)) as progress:
-        yield Bar(progress, total)
+    return Progress(*columns, console=Console(stderr=True))

@@ -27,23 +27,24 @@ from kvjax.decode import (
     seat_features,
     stage_arguments,
 )
+from kvjax.ladder import ladder
 from kvjax.models import ModelConfig, Transformer
 from kvjax.prefix_groups import CascadeRule, PrefixGroups
 from kvjax.programs import SideKey, side_program
 from kvjax.readout import ScoreShape, padded
 from kvjax.request import SamplingParams
 from kvjax.reuse.assemble import Move
-from kvjax.reuse.forward import StagedShape, rung
+from kvjax.reuse.forward import StagedShape
 from kvjax.reuse.pack import batched_moves, stage_prompt
-from kvjax.reuse.read import ReadShape
+from kvjax.reuse.read import read_pieces
 from kvjax.sequence import Sequence
 from kvjax.step import Bucket, StepBatch, StepLayout, ints, step
 from kvjax.step_plan import Limits, Portion, StepPlan
+from kvjax.transfer import ImportShape, Spans, export_pieces, import_pieces
 
 ProgramKey = Bucket | SideKey | str
 
 _BESIDE = ("copy_pages", "load_seat", "load_masks")  # programs beside the step
-_SMALLEST = 16  # tokens of the smallest mixed program
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -203,14 +204,19 @@ class Runner:
 
         Blocks until the steps before it are done. For the thread that owns the engine.
         """
-        count = len(slots)
-        shape = ReadShape(rung(count))
-        rest = (0, shape.tokens - count)
-        padded = np.pad(slots.astype(np.int32), rest, constant_values=-1)
-        shifts = np.zeros(shape.tokens, np.int32)
-        shifts[:count] = shift
-        k, v = self._program(shape)(self._weights, self.pages, padded, shifts)
-        return np.asarray(k)[:, :count], None if v is None else np.asarray(v)[:, :count]
+        return read_pieces(self._call, slots, shift)
+
+    def export(self, slots: np.ndarray) -> Spans:
+        """What is stored at `slots`, layer by layer, as numpy. Blocks as `read` does."""
+        return export_pieces(self._call, slots)
+
+    def load(self, spans: Spans, slots: np.ndarray) -> None:
+        """Stores what `export` gave at other slots. If this raises, pages are lost."""
+        for at, part in import_pieces(spans, slots):
+            self.pages = self._call(ImportShape(len(at)), part, at)
+
+    def _call(self, key: SideKey, *arguments: Any) -> Any:
+        return self._program(key)(self._weights, self.pages, *arguments)
 
     # ---- running ----------------------------------------------------------------------------
 
@@ -428,32 +434,6 @@ def _cascade_rule(config: ModelConfig, spec: KVSpec) -> CascadeRule | None:
     v_width = config.latent.kv_lora_rank if config.latent else group.v_width
     state = 4 * config.num_heads * (v_width + 1)
     return CascadeRule(spec.page_size, spec.layer_bytes(group), state)
-
-
-def ladder(limits: Limits, cascade: bool = False) -> tuple[Bucket, ...]:
-    """The programs of an engine: decode by sequences, mixed by tokens, one to score prompts.
-
-    With `cascade`, decode programs of two sequences or more have a twin for shared prefixes.
-
-    Powers of two up to the limits, which are themselves the last rungs: nothing is ever padded
-    beyond the step's budget.
-    """
-    seqs = limits.max_num_seqs
-    decode = [Bucket(n, n, n, True) for n in _rungs(1, seqs)]
-    first = min(_SMALLEST, limits.max_num_batched_tokens)
-    mixed = [Bucket(n, seqs, seqs, False) for n in _rungs(first, limits.max_num_batched_tokens)]
-    scored = limits.max_scored_tokens
-    score = [Bucket(scored, seqs, scored, False)] if scored > seqs else []
-    twins = [dataclasses.replace(b, cascade=True) for b in decode if cascade and b.seqs > 1]
-    return (*sorted([*decode, *mixed, *score]), *twins)
-
-
-def _rungs(first: int, last: int) -> list[int]:
-    rungs = []
-    while first < last:
-        rungs.append(first)
-        first *= 2
-    return [*rungs, last]
 
 
 def _lower_bounds(hi: np.ndarray, window: int | None) -> Any:

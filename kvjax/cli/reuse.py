@@ -1,6 +1,7 @@
-"""`kvjax reuse check`: what approximate reuse of KV costs a model, measured and kept."""
+"""`kvjax reuse`: what approximate reuse of KV costs a model, measured and kept; a prompt drawn."""
 
 import argparse
+from pathlib import Path
 
 from rich.console import Console
 from rich.progress import track
@@ -11,20 +12,27 @@ from kvjax.benchmarks.corpora import Corpus
 from kvjax.benchmarks.reuse_measure import EngineInstrument
 from kvjax.benchmarks.reuse_reading import Reading
 from kvjax.build import verdicts
+from kvjax.cli import reuse_report
 from kvjax.cli.options import add_engine, open_llm
 from kvjax.reuse import STRATEGIES, Strategy, parse
 from kvjax.reuse.gate import Verdict
 
-HELP = "measure what reuse of KV costs a model, and let it serve"
+HELP = "measure what reuse of KV costs a model, or draw what it does to a prompt"
 EPILOG = """\
 `check` compares each strategy with the model's own full prefill on prompts whose passages refer to
 one another, and keeps the verdicts in the cache folder. A strategy whose mean KL divergence is at
 most --max-reuse-loss may then serve this model with this KV type; others are refused.
 Exit status: 0 if all of them may, 1 if not.
 
+`report` runs one prompt of a JSONL file, whose chunks are marked as in
+  {"prompt": ["Read: ", {"chunk": "text"}, {"chunk": "text"}, "Who?"]}
+and draws what became of each of its tokens, layer by layer, as a page of HTML (-o PAGE.html) or as
+text. --measure compares with a full prefill.
+
 examples:
   kvjax reuse check smollm2-135m --reuse epic:k=16 --reuse cacheblend:ratio=0.15
   kvjax reuse check smollm2-135m --items 8 --dtype float32
+  kvjax reuse report smollm2-135m prompts.jsonl --reuse cacheblend --measure -o report.html
 """
 
 CORPUS, ITEMS = "binding", 16
@@ -33,21 +41,36 @@ _CONTROLS = ("naive_no_rotation", "random", "oracle")  # to compare with, not to
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of the command."""
-    parser.add_argument("action", choices=("check",))
+    parser.usage = "kvjax reuse {check,report} MODEL [INPUT] [options]"
+    parser.add_argument("action", choices=("check", "report"))
     parser.add_argument("model", metavar="MODEL")
+    parser.add_argument("input", metavar="INPUT", nargs="?", help="report: a JSONL file of prompts")
     parser.add_argument(
-        "--items", type=int, default=ITEMS, metavar="N", help=f"prompts (default: {ITEMS})"
+        "--items", type=int, default=ITEMS, metavar="N", help=f"check: prompts (default: {ITEMS})"
+    )
+    parser.add_argument(
+        "--line", type=int, default=1, metavar="N", help="report: which prompt (default: 1)"
+    )
+    parser.add_argument(
+        "-o", "--output", type=Path, metavar="PAGE.html", help="report: default: text to stdout"
+    )
+    parser.add_argument(
+        "--measure", action="store_true", help="report: the KV deviation from a full prefill"
     )
     add_engine(parser, reuse=False)  # there it is one spec
     parser.add_argument(
         "--reuse", action="append", metavar="SPEC", dest="specs",
-        help="name or name:option=value,...; may be repeated; default: "
+        help="name or name:option=value,...; check: may be repeated; default: "
         + ", ".join(strategy.spec for strategy in _candidates()),
     )  # fmt: skip
 
 
 def run(args: argparse.Namespace) -> int:
     """Runs the command."""
+    if args.action == "report":
+        return reuse_report.run(args, args.specs or [])
+    if args.input is not None:
+        raise ValueError(f"check has its own prompts, got {args.input!r}")
     chosen = [parse(spec) for spec in args.specs] if args.specs else _candidates()
     for strategy in chosen:
         if not strategy.approximate:

@@ -43,7 +43,7 @@ class CacheClip(CanonicalChunks):
       least: chosen tokens that a window needs.
       selector_layers: of the model that select; None is half of them.
       prefix: what chunks are encoded behind. None: the text in front of the prompt's first chunk;
-        then `LLM.put_chunks`, which sees no prompt, encodes chunks behind nothing.
+        then `LLM.chunks.put`, which sees no prompt, encodes chunks behind nothing.
     """
 
     name: ClassVar[str] = "cacheclip"

@@ -38,7 +38,7 @@ _FACT = "fusionrag"  # of an enriched variant: the settings it was made with
 class FusionRAG(CanonicalChunks):
     """The `ratio` of reused tokens that the question attends to most, over enriched chunks.
 
-    Chunks are enriched by `LLM.put_chunks` only: a prompt that misses one encodes it alone, and
+    Chunks are enriched by `LLM.chunks.put` only: a prompt that misses one encodes it alone, and
     that variant serves until an enriched one is there. A prompt without text behind its last chunk
     has no question; its tokens are then chosen as CacheBlend does, by deviation in layer 1.
 

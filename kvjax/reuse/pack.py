@@ -8,12 +8,11 @@ import numpy as np
 
 from kvjax.cache.pages import KVSpec
 from kvjax.reuse.assemble import Assembly, Move
-from kvjax.reuse.forward import StagedBatch, StagedShape, rung, shape_of
+from kvjax.reuse.forward import StagedBatch, StagedShape, shape_of
 from kvjax.reuse.move import DevicePatch
+from kvjax.reuse.pieces import pieces
 from kvjax.reuse.plan import Spans, TopK
 from kvjax.reuse.strategy import KVPatch
-
-_MOVE_RUNGS = (128, 512)  # tokens of a move program
 
 
 class Placed(Protocol):
@@ -57,13 +56,12 @@ def batched_moves(moves: Iterable[tuple[Placed, Move]], page_size: int) -> Itera
         if move.patch is None:
             plain.append(rows)
         else:
-            yield _patched(rows, move.patch.part(move.offset, move.offset + count))
+            for part, size in pieces(count):
+                patch = move.patch.part(move.offset + part.start, move.offset + part.stop)
+                yield _patched(tuple(column[part] for column in rows), patch, size)
     if plain:
         src, dst, shift = (np.concatenate(column) for column in zip(*plain, strict=True))
-        most = _MOVE_RUNGS[-1]
-        for first in range(0, len(src), most):
-            part = slice(first, first + most)
-            size = next(r for r in _MOVE_RUNGS if r >= len(src[part]))
+        for part, size in pieces(len(src)):
             yield PackedMove(MoveShape(size), _padded(src[part], dst[part], shift[part], size))
 
 
@@ -74,9 +72,8 @@ def _padded(src: np.ndarray, dst: np.ndarray, shift: np.ndarray, size: int) -> t
     )  # fmt: skip
 
 
-def _patched(rows: tuple[np.ndarray, ...], patch: KVPatch) -> PackedMove:
+def _patched(rows: tuple[np.ndarray, ...], patch: KVPatch, size: int) -> PackedMove:
     count = len(rows[0])
-    size = rung(count)
 
     def over_tokens(array: np.ndarray | None) -> np.ndarray | None:
         if array is None:

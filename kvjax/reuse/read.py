@@ -1,14 +1,18 @@
 """Stored KV as numbers: gathered, dequantised, keys turned to where a strategy wants them."""
 
 import dataclasses
+from collections.abc import Callable
+from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Int
 
 from kvjax.cache.pages import KVPages, KVSpec
 from kvjax.models import Transformer
 from kvjax.pallas_kernels import gather_slots
 from kvjax.pallas_kernels.reposition.rotation import rotate
+from kvjax.reuse.pieces import padded_slots, pieces
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,3 +50,22 @@ def read_slots(
         if v is not None:
             values.append(v.astype(jnp.float32))
     return jnp.stack(keys), jnp.stack(values) if values else None
+
+
+def read_pieces(
+    call: Callable[..., Any], slots: np.ndarray, shift: int | np.ndarray
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """`read_slots` of any number of slots, in numpy: `call(shape, slots, shifts)` runs a program.
+
+    `shift` is of all, or of each.
+    """
+    shifts = np.broadcast_to(np.asarray(shift, np.int32), slots.shape)
+    keys, values = [], []
+    for part, size in pieces(len(slots)):
+        count = part.stop - part.start
+        turn = np.pad(shifts[part], (0, size - count))
+        k, v = call(ReadShape(size), padded_slots(slots[part], size), turn)
+        keys.append(np.asarray(k)[:, :count])
+        values.append(None if v is None else np.asarray(v)[:, :count])
+    k = np.concatenate(keys, axis=1)
+    return k, None if values[0] is None else np.concatenate(values, axis=1)

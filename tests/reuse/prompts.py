@@ -22,7 +22,7 @@ def reuse_llm() -> Any:
 
 def fresh_llm() -> Any:
     llm = reuse_llm()
-    llm.chunks.store.clear()
+    llm.engine.chunks.store.clear()
     llm.reset_prefix_cache()
     return llm
 

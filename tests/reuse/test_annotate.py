@@ -31,7 +31,7 @@ def run(llm):
 
 def test_keys_come_without_rotary_positions_and_layer_0_depends_on_the_token_alone():
     llm, noting = fresh_llm(), Noting()
-    assert llm.chunks.put(ids(FIRST), ids(SYSTEM), None, noting)
+    assert llm.engine.chunks.put(ids(FIRST), ids(SYSTEM), None, noting)
     run(llm)
     k, v = noting.seen[0]
     shape = (CONFIG.num_layers, len(FIRST), CONFIG.num_kv_heads, CONFIG.head_dim)
@@ -48,7 +48,7 @@ def test_keys_come_without_rotary_positions_and_layer_0_depends_on_the_token_alo
 @pytest.mark.parametrize("length", [1, 127, 128, 129, 200])
 def test_any_number_of_tokens_is_read(length):
     llm, noting = fresh_llm(), Noting()
-    assert llm.chunks.put(ids("ab" * 150)[:length], (), None, noting)
+    assert llm.engine.chunks.put(ids("ab" * 150)[:length], (), None, noting)
     run(llm)
     k, _ = noting.seen[0]
     assert k.shape[1] == length
@@ -58,8 +58,8 @@ def test_any_number_of_tokens_is_read(length):
 
 def test_a_variant_stored_for_somebody_else_is_annotated_too_and_so_are_two_waiting_for_one():
     llm, first, second, third = fresh_llm(), Noting(), Noting(), Noting()
-    llm.chunks.put(ids(FIRST), (), None, first)
-    llm.chunks.put(ids(FIRST), (), None, second)
+    llm.engine.chunks.put(ids(FIRST), (), None, first)
+    llm.engine.chunks.put(ids(FIRST), (), None, second)
     run(llm)
-    llm.chunks.put(ids(FIRST), (), None, third)
+    llm.engine.chunks.put(ids(FIRST), (), None, third)
     assert [first.calls, second.calls, third.calls] == [1, 1, 1]

@@ -108,17 +108,17 @@ def test_the_first_chunk_behind_the_shared_prefix_is_exact_and_the_prefix_is_the
     out = answer(llm, prompt, CacheClip(ratio=0.0))
     assert distance(out, wanted) <= 1e-4
     assert out.reuse.exact >= len(FIRST)
-    (variant,) = llm.chunks.store
+    (variant,) = llm.engine.chunks.store
     assert (variant.base, variant.num_tokens) == (len(SYSTEM), len(FIRST))
 
 
 def test_chunks_that_are_put_ahead_are_behind_the_given_prefix():
     llm, prefix = fresh_llm(), tuple(ord(c) for c in SYSTEM)
     strategy = CacheClip(ratio=0.0, prefix=prefix)
-    assert llm.put_chunks([FIRST, SECOND], strategy=strategy) == 2
-    assert {v.context_ids for v in llm.chunks.store} == {prefix}
+    assert all(put.stored for put in llm.chunks.put([FIRST, SECOND], strategy=strategy))
+    assert {v.context_ids for v in llm.engine.chunks.store} == {prefix}
     out = answer(llm, [SYSTEM, Chunk(SECOND), Chunk(FIRST), QUESTION], strategy)
-    assert len(llm.chunks.store) == 2
+    assert len(llm.engine.chunks.store) == 2
     assert out.reuse.shifted == len(FIRST)
 
 

@@ -104,7 +104,7 @@ def test_the_best_of_each_chunk_run_again_also_behind_a_prefix_that_ends_within_
     report = answer(llm, prompt, strategy).reuse
     wanted = []
     for text, start in ((FIRST, len(SYSTEM)), (SECOND, len(SYSTEM + FIRST))):
-        (variant,) = [v for v in llm.chunks.store if v.num_tokens == len(text)]
+        (variant,) = [v for v in llm.engine.chunks.store if v.num_tokens == len(text)]
         order = np.argsort(-variant.scores["lowpass:0.5"], kind="stable")
         wanted += sorted(start + order[: int(0.3 * len(text))])
     np.testing.assert_array_equal(last_rows(report, Fate.RECOMPUTED), wanted)

@@ -70,7 +70,7 @@ def test_enriched_chunks_run_again_are_full_prefill(strategy):
     llm = fresh_llm()
     prompt = [SYSTEM, *map(Chunk, DOCUMENTS), QUESTION]
     wanted = full_prefill(llm, prompt)
-    assert llm.put_chunks(DOCUMENTS, strategy=strategy) == 3
+    assert [put.stored for put in llm.chunks.put(DOCUMENTS, strategy=strategy)] == [True] * 3
     llm.reset_prefix_cache()
     assert distance(answer(llm, prompt, strategy), wanted) <= 1e-4
 
@@ -84,11 +84,11 @@ def test_enriched_variants_are_preferred_and_raw_ones_serve_without_them():
     enriched, raw = FusionRAG(neighbours=2), FusionRAG(neighbours=0)
     prompt = [SYSTEM, Chunk(FIRST), QUESTION]
     answer(llm, prompt, enriched)
-    llm.put_chunks(DOCUMENTS, strategy=enriched)
-    llm.put_chunks(DOCUMENTS, strategy=raw)
+    llm.chunks.put(DOCUMENTS, strategy=enriched)
+    llm.chunks.put(DOCUMENTS, strategy=raw)
     facts = ModelFacts(2, 64, 2048, 512)
     seen = Prompt(ids(SYSTEM + FIRST + QUESTION), (segment_of(FIRST, len(SYSTEM)),), None, facts)
-    store = llm.chunks.store
+    store = llm.engine.chunks.store
 
     def base(strategy):
         variant = strategy.look_up(seen, 0, store)

@@ -196,10 +196,10 @@ def test_branches_of_a_blended_prompt_share_it(llm):
 
 def test_chunks_of_one_tenant_do_not_serve_another(llm):
     run(llm, PROMPT, "naive", cache_salt="a")
-    before = llm.chunks.stats.hits
+    before = llm.engine.chunks.stats.hits
     run(llm, PROMPT, "naive", cache_salt="b")
-    assert llm.chunks.stats.hits > before  # its own, encoded for it
-    assert len(llm.chunks.store.variants("b", _hash(A))) == 1
+    assert llm.engine.chunks.stats.hits > before  # its own, encoded for it
+    assert len(llm.engine.chunks.store.variants("b", _hash(A))) == 1
 
 
 def _hash(text: str) -> str:
@@ -252,13 +252,12 @@ def test_blends_that_do_not_fit_together_all_finish():
 
 
 def test_pinned_documents_put_ahead_of_time_are_hit(llm):
-    assert llm.put_chunks([A, B], strategy="naive") == 2
-    tokens = [ord(letter) for letter in A]
-    assert llm.chunks.pin(tokens) >= 1
-    hits = llm.chunks.stats.hits
+    assert all(put.stored for put in llm.chunks.put([A, B], strategy="naive"))
+    assert llm.chunks.pin(Chunk(A)) >= 1
+    hits = llm.engine.chunks.stats.hits
     run(llm, PROMPT, "naive")
-    assert llm.chunks.stats.hits == hits + 2
-    llm.chunks.unpin(tokens)
+    assert llm.engine.chunks.stats.hits == hits + 2
+    llm.chunks.unpin(Chunk(A))
 
 
 @pytest.mark.parametrize(

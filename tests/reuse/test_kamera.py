@@ -47,7 +47,7 @@ def distance(a: RequestOutput, b: RequestOutput) -> float:
 
 def patch_of(llm: LLM, text: str, spec: str, salt: str | None = None) -> KVPatch:
     """The one patch of a chunk that was made with `spec`."""
-    variant = llm.chunks.store.get(VariantKey(salt, tokens_hash(map(ord, text)), ""))
+    variant = llm.engine.chunks.store.get(VariantKey(salt, tokens_hash(map(ord, text)), ""))
     assert variant is not None
     kind = f"kamera:{Kamera(**_options(spec)).rank}:"
     (patch,) = [p for key, p in variant.facts.items() if key.startswith(kind)]

@@ -19,17 +19,19 @@ def llm() -> LLM:
 
 
 def variant(llm: LLM, tokens: tuple[int, ...], context: tuple[int, ...] = ()) -> Variant:
-    assert llm.chunks.put(tokens, context)
+    assert llm.engine.chunks.put(tokens, context)
     while llm.engine.has_work:
         llm.engine.step()
-    found = llm.chunks.store.get(VariantKey(None, tokens_hash(tokens), context_hash(context)))
+    found = llm.engine.chunks.store.get(
+        VariantKey(None, tokens_hash(tokens), context_hash(context))
+    )
     assert found is not None
     return found
 
 
 def test_layer_0_reads_the_same_behind_any_context(llm):
     """There KV depends on token and position alone, and keys are turned back to 0."""
-    (k, v), (k2, v2) = (llm.chunks.read(variant(llm, TOKENS, c)) for c in ((), CONTEXT))
+    (k, v), (k2, v2) = (llm.engine.chunks.read(variant(llm, TOKENS, c)) for c in ((), CONTEXT))
     assert k.shape == v.shape == (2, len(TOKENS), CONFIG.num_kv_heads, CONFIG.head_dim)
     assert k.dtype == np.float32
     np.testing.assert_allclose(k2[0], k[0], atol=2e-5)
@@ -40,9 +42,9 @@ def test_layer_0_reads_the_same_behind_any_context(llm):
 
 def test_reading_is_the_same_twice_and_compiles_once_per_size(llm):
     stored = variant(llm, TOKENS)
-    first = llm.chunks.read(stored)
+    first = llm.engine.chunks.read(stored)
     compiles = llm.engine.runner.compiles
-    again = llm.chunks.read(stored)
+    again = llm.engine.chunks.read(stored)
     np.testing.assert_array_equal(first[0], again[0])
     np.testing.assert_array_equal(first[1], again[1])
     assert llm.engine.runner.compiles == compiles
@@ -50,6 +52,6 @@ def test_reading_is_the_same_twice_and_compiles_once_per_size(llm):
 
 def test_a_variant_that_left_the_store_cannot_be_read(llm):
     stored = variant(llm, TOKENS[:5])
-    llm.chunks.store.discard(stored)
+    llm.engine.chunks.store.discard(stored)
     with pytest.raises(UnknownChunk, match="no KV is stored"):
-        llm.chunks.read(stored)
+        llm.engine.chunks.read(stored)

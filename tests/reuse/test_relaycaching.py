@@ -58,7 +58,7 @@ def distance(a: RequestOutput, b: RequestOutput) -> float:
 def written(llm: LLM, tokens: tuple[int, ...], salt: str | None = None) -> list[Variant]:
     return [
         variant
-        for variant in llm.chunks.store.variants(salt, tokens_hash(tokens)).values()
+        for variant in llm.engine.chunks.store.variants(salt, tokens_hash(tokens)).values()
         if variant.facts.get("born") == "decode"
     ]
 
@@ -71,12 +71,14 @@ def test_kv_that_decoding_wrote_is_that_of_a_prefill(llm):
     llm.reset_prefix_cache()
     context = tuple(map(ord, FIRST))
     assert variant.context_ids == context
-    llm.chunks.put(tokens, context, "kv2")
+    llm.engine.chunks.put(tokens, context, "kv2")
     while llm.engine.has_work:
         llm.engine.step()
-    (prefilled,) = llm.chunks.store.variants("kv2", tokens_hash(tokens)).values()
+    (prefilled,) = llm.engine.chunks.store.variants("kv2", tokens_hash(tokens)).values()
     count = variant.num_tokens
-    for a, b in zip(llm.chunks.read(variant), llm.chunks.read(prefilled), strict=True):
+    for a, b in zip(
+        llm.engine.chunks.read(variant), llm.engine.chunks.read(prefilled), strict=True
+    ):
         assert a is not None
         assert b is not None
         np.testing.assert_allclose(a, b[:, :count], atol=1e-4)
