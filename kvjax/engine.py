@@ -24,6 +24,7 @@ from kvjax.config import EngineConfig
 from kvjax.decode import SampleOutput
 from kvjax.errors import GrammarFailed, KVJaxError, StepFailed
 from kvjax.models import Transformer
+from kvjax.observing import Device
 from kvjax.pallas_kernels import cascade_refusal
 from kvjax.readout import LayerKV
 from kvjax.recovery import Suspects
@@ -81,7 +82,12 @@ class Engine:
         self.runner = Runner(model, spec, num_pages, self.limits, cascade)
         self.chunks = Chunks(
             store, _facts(model, spec), self.scheduler, self.discard, max_model_len,
-            lambda slots, shift: self.runner.read(slots, shift),
+            Device(
+                lambda slots, shift: self.runner.read(slots, shift),
+                lambda shape, arguments: self.runner.beside(shape, *arguments),
+                spec.page_size,
+                self.runner.pages_per_seq,
+            ),
         )  # fmt: skip
         self._decode_token = decode_token
         # Gives parked pages back that nobody must have, when a request cannot run otherwise.
@@ -223,6 +229,11 @@ class Engine:
         now = self.clock()
         touched = {}
         ended, self._ended = self._ended, set()
+        sick = {o.sequence for row, o in enumerate(step.owners) if o.draws and not healthy[row]}
+        for portion in step.plan.portions:
+            sequence = portion.sequence
+            if portion.start < sequence.num_prompt <= portion.stop and sequence not in sick:
+                self.chunks.observe(sequence)
         for row, owner in enumerate(step.owners):
             sequence = owner.sequence
             if sequence.status is Status.FINISHED or sequence in ended:

@@ -33,9 +33,9 @@ from kvjax.programs import SideKey, side_program
 from kvjax.readout import ScoreShape, padded
 from kvjax.request import SamplingParams
 from kvjax.reuse.assemble import Move
-from kvjax.reuse.forward import StagedShape, rung
+from kvjax.reuse.forward import StagedShape
 from kvjax.reuse.pack import batched_moves, stage_prompt
-from kvjax.reuse.read import ReadShape
+from kvjax.reuse.read import read_arguments
 from kvjax.sequence import Sequence
 from kvjax.step import Bucket, StepBatch, StepLayout, ints, step
 from kvjax.step_plan import Limits, Portion, StepPlan
@@ -82,7 +82,7 @@ class Runner:
         self.config, self.sharding = model.config, model.sharding
         self._graph, state = nnx.split(model)
         self._weights, self._weights_tree = jax.tree.flatten(state)
-        self._pages_per_seq = -(-limits.max_model_len // spec.page_size)
+        self.pages_per_seq = -(-limits.max_model_len // spec.page_size)
         self.arguments = stage_arguments()
         self.cascade_rule = _cascade_rule(model.config, spec) if cascade else None
         self.buckets = ladder(limits, self.cascade_rule is not None)
@@ -154,7 +154,7 @@ class Runner:
             seats, masks = self._mask_arrays()
             return load_masks.lower(state, seats, masks).compile()
         if isinstance(key, SideKey):
-            build = side_program(key, self.spec, self.config.num_layers, self._pages_per_seq)
+            build = side_program(key, self.spec, self.config.num_layers, self.pages_per_seq)
             arguments = self._abstract_inputs(build.arguments)
             run = jax.jit(
                 lambda weights, *rest: build.run(self._model(weights), *rest),
@@ -190,7 +190,7 @@ class Runner:
     def _layout(self, bucket: Bucket) -> StepLayout:
         if bucket not in self._layouts:
             self._layouts[bucket] = StepLayout(
-                bucket, self.spec, self._pages_per_seq, self.arguments
+                bucket, self.spec, self.pages_per_seq, self.arguments
             )
         return self._layouts[bucket]
 
@@ -204,12 +204,8 @@ class Runner:
         Blocks until the steps before it are done. For the thread that owns the engine.
         """
         count = len(slots)
-        shape = ReadShape(rung(count))
-        rest = (0, shape.tokens - count)
-        padded = np.pad(slots.astype(np.int32), rest, constant_values=-1)
-        shifts = np.zeros(shape.tokens, np.int32)
-        shifts[:count] = shift
-        k, v = self._program(shape)(self._weights, self.pages, padded, shifts)
+        shape, arrays = read_arguments(slots, shift)
+        k, v = self._program(shape)(self._weights, self.pages, *arrays)
         return np.asarray(k)[:, :count], None if v is None else np.asarray(v)[:, :count]
 
     # ---- running ----------------------------------------------------------------------------
@@ -246,13 +242,15 @@ class Runner:
         if copy is not None:
             self._copy((copy,))
         shape = ScoreShape(padded(len(tokens)))
-        ids, table = ints(shape.rows), ints(1, self._pages_per_seq)
+        ids, table = ints(shape.rows), ints(1, self.pages_per_seq)
         ids[: len(tokens)], table[0, : len(page_ids)] = tokens, page_ids
-        program = self._program(shape)
-        self.pages, logits = program(
-            self._weights, self.pages, ids, np.int32(first), np.int32(len(tokens)), table
-        )
-        return np.asarray(logits)[: len(tokens)]
+        logits = self.beside(shape, ids, np.int32(first), np.int32(len(tokens)), table)
+        return logits[: len(tokens)]
+
+    def beside(self, key: SideKey, *arguments: Any) -> np.ndarray:
+        """Runs a program that gives the pages back and one array, which is waited for."""
+        self.pages, result = self._program(key)(self._weights, self.pages, *arguments)
+        return np.asarray(result)
 
     def _prepare(self, plan: StepPlan) -> None:
         """What comes before the step's tokens."""
@@ -273,7 +271,7 @@ class Runner:
         """A staged prefill of one sequence, up to its last prompt token."""
         assert plan.staged is not None
         self._prepare(plan)
-        shape, batch = stage_prompt(plan.staged, self.spec.page_size, self._pages_per_seq)
+        shape, batch = stage_prompt(plan.staged, self.spec.page_size, self.pages_per_seq)
         rows = sum(stage.rows for stage in shape.stages)
         self.padded_tokens += rows
         program = self._program(shape)
@@ -354,7 +352,7 @@ class Runner:
         t, s, size = bucket.tokens, bucket.seqs, self.spec.page_size
         tokens, source, positions = ints(t), ints(t, padding=-1), ints(t)
         slots, hi = ints(t, padding=-1), ints(t)
-        starts, kv_lens, tables = ints(s + 1), ints(s), ints(s, self._pages_per_seq)
+        starts, kv_lens, tables = ints(s + 1), ints(s), ints(s, self.pages_per_seq)
         rows: list[tuple[int, RowOwner]] = []
         at = 0
         portions = plan.portions if groups is None else [plan.portions[i] for i in groups.order]

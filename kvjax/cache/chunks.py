@@ -168,6 +168,10 @@ class ChunkStore:
         """All variants of a chunk by context hash. Counts as no use."""
         return self._by_chunk.get((salt, chunk), {})
 
+    def of(self, salt: str | None) -> Iterator[Variant]:
+        """All variants of a tenant, in the order in which they came. Counts as no use."""
+        return (variant for variant in self if variant.key.salt == salt)
+
     def get(self, key: VariantKey) -> Variant | None:
         """One variant, if it is stored. Counts as no use."""
         return self._variants.get(key)

@@ -3,12 +3,14 @@
 import dataclasses
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Int
 
 from kvjax.cache.pages import KVPages, KVSpec
 from kvjax.models import Transformer
 from kvjax.pallas_kernels import gather_slots
 from kvjax.pallas_kernels.reposition.rotation import rotate
+from kvjax.reuse.forward import rung
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,6 +21,19 @@ class ReadShape:
 
     def __str__(self) -> str:
         return f"read{self.tokens}"
+
+
+def read_arguments(
+    slots: np.ndarray, shift: int | np.ndarray
+) -> tuple[ReadShape, tuple[np.ndarray, np.ndarray]]:
+    """The program that reads `slots`, keys turned by `shift`, and its arguments."""
+    count = len(slots)
+    shape = ReadShape(rung(count))
+    padded = np.full(shape.tokens, -1, np.int32)
+    padded[:count] = slots
+    shifts = np.zeros(shape.tokens, np.int32)
+    shifts[:count] = shift
+    return shape, (padded, shifts)
 
 
 def read_slots(
