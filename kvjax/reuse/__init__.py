@@ -12,6 +12,7 @@ from typing import Any
 from kvjax.errors import UnknownStrategy
 from kvjax.reuse.cacheblend import CacheBlend
 from kvjax.reuse.cacheclip import CacheClip
+from kvjax.reuse.cachecraft import CacheCraft
 from kvjax.reuse.cachetune import CacheTune
 from kvjax.reuse.controls import Oracle, RandomTokens
 from kvjax.reuse.epic import Epic
@@ -26,6 +27,7 @@ __all__ = [
     "STRATEGIES",
     "CacheBlend",
     "CacheClip",
+    "CacheCraft",
     "CacheTune",
     "Epic",
     "FusionRAG",
@@ -51,7 +53,7 @@ STRATEGIES: dict[str, type[Strategy]] = {
     strategy.name: strategy
     for strategy in (
         PrefixOnly, Naive, NaiveWithoutRotation, Epic, CacheBlend, FusionRAG, CacheTune,
-        KVShare, CacheClip, Kamera, RelayCaching, RandomTokens, Oracle,
+        KVShare, CacheClip, CacheCraft, Kamera, RelayCaching, RandomTokens, Oracle,
     )
 }  # fmt: skip
 
