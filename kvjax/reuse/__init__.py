@@ -18,6 +18,7 @@ from kvjax.reuse.controls import Oracle, RandomTokens
 from kvjax.reuse.epic import Epic
 from kvjax.reuse.fusionrag import FusionRAG
 from kvjax.reuse.kamera import Kamera
+from kvjax.reuse.kvcomm import KVComm
 from kvjax.reuse.kvshare import KVShare
 from kvjax.reuse.naive import Naive, NaiveWithoutRotation
 from kvjax.reuse.relaycaching import RelayCaching
@@ -31,6 +32,7 @@ __all__ = [
     "CacheTune",
     "Epic",
     "FusionRAG",
+    "KVComm",
     "KVShare",
     "Kamera",
     "Naive",
@@ -53,7 +55,8 @@ STRATEGIES: dict[str, type[Strategy]] = {
     strategy.name: strategy
     for strategy in (
         PrefixOnly, Naive, NaiveWithoutRotation, Epic, CacheBlend, FusionRAG, CacheTune,
-        KVShare, CacheClip, CacheCraft, Kamera, RelayCaching, RandomTokens, Oracle,
+        KVShare, CacheClip, CacheCraft, KVComm, Kamera, RelayCaching, RandomTokens,
+        Oracle,
     )
 }  # fmt: skip
 

@@ -85,7 +85,7 @@ def assemble(strategy: Strategy, prompt: Prompt, store: ChunkStore) -> Assembly:
     exact_end, exact_hits = _exact_reach(prompt, hits)
     moves = []
     for hit in hits:
-        patch = None if hit in exact_hits else strategy.patch(prompt, hit, hits)
+        patch = None if hit in exact_hits else strategy.patch(prompt, hit, hits, store)
         shift = hit.shift if strategy.rotates else 0
         moves.append(Move(hit.variant, hit.start, hit.stop, hit.offset, shift, patch))
     blended = [hit for hit in hits if hit not in exact_hits]

@@ -73,7 +73,7 @@ class Kamera(CanonicalChunks):
         bound = antecedents(prompt, number)
         return variant if not bound or self.patch_key(bound) in variant.facts else None
 
-    def patch(self, prompt: Prompt, hit: Hit, hits: Sequence[Hit]) -> KVPatch | None:
+    def patch(self, prompt: Prompt, hit: Hit, hits: Sequence[Hit], found: Found) -> KVPatch | None:
         """The patch made for the hit's antecedents; None if there is none for exactly them."""
         bound = antecedents(prompt, hit.number)
         return hit.variant.facts.get(self.patch_key(bound)) if bound else None

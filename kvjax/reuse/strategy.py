@@ -219,7 +219,7 @@ class Strategy:
         """The variant that serves a chunk; None: its tokens are computed like any text."""
         return None
 
-    def patch(self, prompt: Prompt, hit: Hit, hits: Sequence[Hit]) -> KVPatch | None:
+    def patch(self, prompt: Prompt, hit: Hit, hits: Sequence[Hit], found: Found) -> KVPatch | None:
         """What to add to a hit's KV. Made for `hit.start - hit.segment.start` on."""
         return None
 
