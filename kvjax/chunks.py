@@ -234,12 +234,14 @@ class Chunks:
     def observe(self, sequence: Branch) -> None:
         """Shows a prompt that was just computed to its strategy, once. Waits for the device."""
         request = sequence.request
-        if request.observed or not observes(request.strategy) or sequence.assembly is None:
+        if request.observed or sequence.assembly is None or not observes(request.strategy):
             return
         if sequence.status is Status.FINISHED or sequence.num_computed < sequence.num_prompt:
             return  # it is over, or has lost its pages meanwhile
         request.observed = True
-        observe(sequence, self.prompt(request, sequence.num_prompt, 0), self.store, self._device)
+        prompt = self.prompt(request, sequence.num_prompt, 0)
+        if prompt.learns is not False:
+            observe(sequence, prompt, self.store, self._device)
 
     def forget(self) -> None:
         """The device lost every page: the store is empty, jobs start over with the others."""

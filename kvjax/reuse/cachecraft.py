@@ -51,6 +51,8 @@ class CacheCraft(Strategy):
         chooses it on validation data; 1 runs half of a chunk at least if its context is all new.
       ratio: of the reused tokens of a prompt; in place of `alpha`, which is made as large as that
         allows (inferred: it makes methods comparable at equal cost).
+      whole: a chunk with this overhead is run whole, and so is kept as a new variant; without
+        `ratio`. Notes of others have 0.7.
       variants: kept of one chunk, the paper's 5; those go whose uses saved least.
       focus: share of the layers after which only chunks that the question attends to go on; the
         paper sees them apart by layer 10 to 15 of 32. 1: never.
@@ -62,6 +64,7 @@ class CacheCraft(Strategy):
     query_aware: ClassVar[bool] = True
     alpha: float = 1.0
     ratio: float | None = None
+    whole: float = 1.0
     variants: int = 5
     focus: float = 0.4
     focused: float = 1.0
@@ -73,6 +76,7 @@ class CacheCraft(Strategy):
                 raise ValueError(f"{name} must be a number of at least 0, got {value!r}")
         if self.ratio is not None:
             ratio_of("ratio", self.ratio)
+        ratio_of("whole", self.whole)
         ratio_of("focus", self.focus)
         count_of("variants", self.variants, 1)
 
@@ -84,6 +88,8 @@ class CacheCraft(Strategy):
     def look_up(self, prompt: Prompt, number: int, found: Found) -> Variant | None:
         """The variant with the least overhead; of equal ones that of the same context, then the
         one used last."""
+        if prompt.learns:
+            return None
         segment, new = prompt.segments[number], _names(pieces_before(prompt, number))
         before = prompt.tokens[: segment.start]
 
@@ -120,7 +126,8 @@ class CacheCraft(Strategy):
             for hit in hits
         ]
         if self.ratio is None:
-            counts = budget(costs, sizes, self.alpha)
+            shares = (min(1.0, self.alpha * cost) for cost in costs)
+            counts = budget([1.0 if share >= self.whole else share for share in shares], sizes)
         else:
             counts = budget_within(costs, sizes, int(self.ratio * sum(sizes)))
         return [_most_contextual(hit, count) for hit, count in zip(hits, counts, strict=True)]

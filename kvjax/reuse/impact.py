@@ -5,6 +5,7 @@
 """
 
 import dataclasses
+import heapq
 import math
 from collections.abc import Sequence
 
@@ -69,23 +70,21 @@ def overhead(old: Context, new: Sequence[str]) -> float:
     return old.impact * (1 - overlap(old, new) * (1 - disorder(old.pieces, new)))
 
 
-def budget(overheads: Sequence[float], sizes: Sequence[int], alpha: float) -> list[int]:
-    """Tokens of each chunk that are run again: `ceil(min(1, alpha * CFO) * size)` (equation 14)."""
-    return [
-        math.ceil(round(min(1.0, alpha * cfo) * size, 9))
-        for cfo, size in zip(overheads, sizes, strict=True)
-    ]
+def budget(shares: Sequence[float], sizes: Sequence[int]) -> list[int]:
+    """Tokens of each chunk that are run again: `ceil(CFO * size)` (equation 14)."""
+    return [math.ceil(round(share * size, 9)) for share, size in zip(shares, sizes, strict=True)]
 
 
 def budget_within(overheads: Sequence[float], sizes: Sequence[int], most: int) -> list[int]:
-    """`budget` with the largest alpha that runs `most` tokens in all, or fewer."""
-    positive = [cfo for cfo in overheads if cfo > 0]
-    low, high = 0.0, 1 / min(positive, default=1.0)
-    if sum(budget(overheads, sizes, high)) <= most:
-        return budget(overheads, sizes, high)
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (
-            (middle, high) if sum(budget(overheads, sizes, middle)) <= most else (low, middle)
-        )
-    return budget(overheads, sizes, low)
+    """The same, with overheads scaled by the alpha that runs `most` tokens in all (all that are worth it, if there are
+    fewer). Token by token, where each is due at some alpha; of equal ones the first chunk's."""
+    counts = [0] * len(sizes)
+    due = [(0.0, i) for i, cfo in enumerate(overheads) if cfo > 0]
+    for _ in range(most):
+        if not due:
+            break
+        _, i = heapq.heappop(due)
+        counts[i] += 1
+        if counts[i] < sizes[i]:
+            heapq.heappush(due, (counts[i] / sizes[i] / overheads[i], i))
+    return counts

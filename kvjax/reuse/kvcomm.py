@@ -95,7 +95,7 @@ class KVComm(CanonicalChunks):
     def look_up(self, prompt: Prompt, number: int, found: Found) -> Variant | None:
         """The message alone, if anchors speak for it and for every other one of the prompt."""
         at_start = prompt.segments[number].start == 0  # nothing in front: there is no offset
-        if at_start or self._all_predictable(prompt, found):
+        if at_start or (not prompt.learns and self._all_predictable(prompt, found)):
             return super().look_up(prompt, number, found)
         return None
 

@@ -69,6 +69,13 @@ class Prompt:
         start = self.segments[-1].stop if self.segments else 0
         return min(start, self.num_tokens - 1), self.num_tokens - 1
 
+    @property
+    def learns(self) -> bool | None:
+        """What its `extra_args["learn"]` says to strategies that learn from prompts. True: it is
+        computed whole, and learned from; False: nothing is learned from it; None: as they like."""
+        learn = self.options.get("learn")
+        return None if learn is None else bool(learn)
+
     def chunk_tokens(self, number: int) -> Tokens:
         """Tokens of one chunk."""
         segment = self.segments[number]
