@@ -10,12 +10,13 @@ discarded, and its slot never enters the prefix tree.
 
 import collections
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from typing import TypeVar
 
 import jax
 import numpy as np
 
-from kvjax.cache.chunks import ChunkStore
+from kvjax.cache.chunks import CHUNK_EVICTION_POLICIES, ChunkStore
 from kvjax.cache.pages import KVSpec
 from kvjax.cache.pool import PagePool
 from kvjax.cache.radix import EVICTION_POLICIES, RadixTree
@@ -36,6 +37,8 @@ from kvjax.runner import Dispatched, RowOwner, Runner
 from kvjax.schedule import Scheduler
 from kvjax.sequence import Assembled, Request, Sequence, Status
 from kvjax.step_plan import Limits, Portion, StepPlan
+
+T = TypeVar("T")
 
 _ASKED = "the structured outputs, bad words and allowed token ids together"
 MAX_SCORED_TOKENS = 128  # prompt tokens whose logits one step keeps
@@ -68,13 +71,11 @@ class Engine:
         pool = PagePool(num_pages, spec.page_size)
         tree = None
         if config.enable_prefix_caching:
-            if config.eviction_policy not in EVICTION_POLICIES:
-                raise ValueError(
-                    f"eviction_policy must be one of {sorted(EVICTION_POLICIES)}, "
-                    f"got {config.eviction_policy!r}"
-                )
-            tree = RadixTree(pool, EVICTION_POLICIES[config.eviction_policy]())
-        store = ChunkStore(pool, int(config.chunk_cache_share * num_pages))
+            policy = _named("eviction_policy", config.eviction_policy, EVICTION_POLICIES)
+            tree = RadixTree(pool, policy())
+        name = config.chunk_eviction_policy
+        leaving = _named("chunk_eviction_policy", name, CHUNK_EVICTION_POLICIES)
+        store = ChunkStore(pool, int(config.chunk_cache_share * num_pages), leaving)
         self.scheduler = Scheduler(pool, tree, self.limits, clock, store, self._assemble)
         if cascade is None:
             never = cascade_refusal(jax.default_backend())
@@ -86,7 +87,7 @@ class Engine:
                 lambda slots, shift: self.runner.read(slots, shift),
                 lambda shape, arguments: self.runner.beside(shape, *arguments),
                 spec.page_size,
-                self.runner.pages_per_seq,
+                -(-max_model_len // spec.page_size),
             ),
         )  # fmt: skip
         self._decode_token = decode_token
@@ -399,6 +400,12 @@ class Engine:
             used = pool.num_pages - pool.num_free
             most = cached + len(held | stored)
             assert max(cached, len(held | stored)) <= used <= most, (cached, held, stored, used)
+
+
+def _named(setting: str, name: str, known: Mapping[str, T]) -> T:
+    if name not in known:
+        raise ValueError(f"{setting} must be one of {sorted(known)}, got {name!r}")
+    return known[name]
 
 
 def _facts(model: Transformer, spec: KVSpec) -> ModelFacts:

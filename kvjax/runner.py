@@ -82,7 +82,7 @@ class Runner:
         self.config, self.sharding = model.config, model.sharding
         self._graph, state = nnx.split(model)
         self._weights, self._weights_tree = jax.tree.flatten(state)
-        self.pages_per_seq = -(-limits.max_model_len // spec.page_size)
+        self._pages_per_seq = -(-limits.max_model_len // spec.page_size)
         self.arguments = stage_arguments()
         self.cascade_rule = _cascade_rule(model.config, spec) if cascade else None
         self.buckets = ladder(limits, self.cascade_rule is not None)
@@ -154,7 +154,7 @@ class Runner:
             seats, masks = self._mask_arrays()
             return load_masks.lower(state, seats, masks).compile()
         if isinstance(key, SideKey):
-            build = side_program(key, self.spec, self.config.num_layers, self.pages_per_seq)
+            build = side_program(key, self.spec, self.config.num_layers, self._pages_per_seq)
             arguments = self._abstract_inputs(build.arguments)
             run = jax.jit(
                 lambda weights, *rest: build.run(self._model(weights), *rest),
@@ -190,7 +190,7 @@ class Runner:
     def _layout(self, bucket: Bucket) -> StepLayout:
         if bucket not in self._layouts:
             self._layouts[bucket] = StepLayout(
-                bucket, self.spec, self.pages_per_seq, self.arguments
+                bucket, self.spec, self._pages_per_seq, self.arguments
             )
         return self._layouts[bucket]
 
@@ -242,7 +242,7 @@ class Runner:
         if copy is not None:
             self._copy((copy,))
         shape = ScoreShape(padded(len(tokens)))
-        ids, table = ints(shape.rows), ints(1, self.pages_per_seq)
+        ids, table = ints(shape.rows), ints(1, self._pages_per_seq)
         ids[: len(tokens)], table[0, : len(page_ids)] = tokens, page_ids
         logits = self.beside(shape, ids, np.int32(first), np.int32(len(tokens)), table)
         return logits[: len(tokens)]
@@ -271,7 +271,7 @@ class Runner:
         """A staged prefill of one sequence, up to its last prompt token."""
         assert plan.staged is not None
         self._prepare(plan)
-        shape, batch = stage_prompt(plan.staged, self.spec.page_size, self.pages_per_seq)
+        shape, batch = stage_prompt(plan.staged, self.spec.page_size, self._pages_per_seq)
         rows = sum(stage.rows for stage in shape.stages)
         self.padded_tokens += rows
         program = self._program(shape)
@@ -352,7 +352,7 @@ class Runner:
         t, s, size = bucket.tokens, bucket.seqs, self.spec.page_size
         tokens, source, positions = ints(t), ints(t, padding=-1), ints(t)
         slots, hi = ints(t, padding=-1), ints(t)
-        starts, kv_lens, tables = ints(s + 1), ints(s), ints(s, self.pages_per_seq)
+        starts, kv_lens, tables = ints(s + 1), ints(s), ints(s, self._pages_per_seq)
         rows: list[tuple[int, RowOwner]] = []
         at = 0
         portions = plan.portions if groups is None else [plan.portions[i] for i in groups.order]

@@ -90,6 +90,7 @@ def _saving(variant: VariantView) -> tuple[float, ...]:
     return (variant.uses * variant.saving, variant.last_use)
 
 
+# By the name that `EngineConfig.chunk_eviction_policy` gives; one from outside is one more entry.
 CHUNK_EVICTION_POLICIES: dict[str, ChunkEvictionPolicy] = {
     "lru": _lru,
     "lfu": _lfu,

@@ -76,8 +76,8 @@ def budget(shares: Sequence[float], sizes: Sequence[int]) -> list[int]:
 
 
 def budget_within(overheads: Sequence[float], sizes: Sequence[int], most: int) -> list[int]:
-    """The same, with overheads scaled by the alpha that runs `most` tokens in all (all that are worth it, if there are
-    fewer). Token by token, where each is due at some alpha; of equal ones the first chunk's."""
+    """The same, with overheads scaled by the alpha that runs `most` tokens in all, or all that lost
+    something. Token by token, where each is due at some alpha; of equal ones the first chunk's."""
     counts = [0] * len(sizes)
     due = [(0.0, i) for i, cfo in enumerate(overheads) if cfo > 0]
     for _ in range(most):
