@@ -101,7 +101,7 @@ CLAIMS = (
     Claim("first 16 tokens cost less than CacheBlend 15 %", "EPIC",
           less(_EPIC, _BLEND, "computed share")),
     Claim("removing sinks gives half of the gain of 16 tokens", "EPIC-0, CacheClip",
-          (Term(1, "KL_ans", "epic:k=0"), Term(-0.5, "KL_ans", "naive"),
+          (Term(1, "KL_ans", "epic:k=0,sink=1"), Term(-0.5, "KL_ans", "naive"),
            Term(-0.5, "KL_ans", _EPIC))),
     Claim("a rank-16 patch recovers 90 % of binding", "Kamera",
           less("kamera:rank=16", "naive", share=0.1), ("binding",)),

@@ -20,6 +20,7 @@ from kvjax.benchmarks.reuse_reading import Reading
 from kvjax.branch import Branch
 from kvjax.cache.chunks import tokens_hash
 from kvjax.llm import LLM
+from kvjax.observing import observes
 from kvjax.readout import LayerKV
 from kvjax.request import Chunk, SamplingParams
 from kvjax.reuse import STRATEGIES, PrefixOnly, Strategy, parse
@@ -67,7 +68,8 @@ class EngineInstrument:
         return made
 
     def begin(self, corpus: Corpus, methods: Sequence[str]) -> None:
-        """Empties the stores, and fills them for strategies that encode passages among others."""
+        """Empties the stores, and fills them: for strategies that encode passages among others, and
+        with the warm-up items for those that learn from prompts. Nothing is learned afterwards."""
         self._llm.engine.chunks.forget()
         self._llm.reset_prefix_cache()
         self._reference = None
@@ -79,6 +81,14 @@ class EngineInstrument:
             if type(strategy).enrich is not Strategy.enrich:
                 chunks = [self._chunk(passage) for passage in passages.values()]
                 self._llm.chunks.put(chunks, strategy=strategy)
+            if observes(strategy):
+                self._learn(corpus, strategy)
+
+    def _learn(self, corpus: Corpus, strategy: Strategy) -> None:
+        params = SamplingParams(reuse=strategy, extra_args={"learn": True})
+        for item in corpus.warm_up:
+            self._llm.reset_prefix_cache()
+            self._llm.open(self._prompt(item), params).close()
 
     def measure(self, item: Item, method: str) -> Reading:
         """One reading.
@@ -86,11 +96,11 @@ class EngineInstrument:
         Raises:
           NotImplementedError: the method is in the table and not in `STRATEGIES`.
         """
-        strategy, params = self._strategy(method), SamplingParams()
-        reference = self._reference_of(item)
+        strategy, reference = self._strategy(method), self._reference_of(item)
+        about: dict[str, Any] = {"learn": False}
         if isinstance(strategy, Oracle):
-            params = SamplingParams(extra_args={"oracle": self._deviations(item, reference)})
-        params = dataclasses.replace(params, reuse=strategy)
+            about["oracle"] = self._deviations(item, reference)
+        params = SamplingParams(reuse=strategy, extra_args=about)
         with self._open(item, method, params) as branch:
             assert branch.token_ids == reference.ids
             report = branch.reuse

@@ -1,7 +1,8 @@
 """The methods of the reuse table, by their specs: a strategy's name and its options.
 
 A spec is `name` or `name:option=value,option=value`, as `kvjax generate --reuse` takes it. The
-names `full` to `oracle` of the first rows are controls.
+names `full` to `oracle` of the first rows are controls. A sink of 1 is the token that begins the
+prompts of SmolLM2.
 """
 
 import dataclasses
@@ -31,7 +32,7 @@ METHODS = (
     Method("random:ratio=0.05", "random 5 %"),
     Method("random:ratio=0.15", "random 15 %"),
     Method("random:ratio=0.3", "random 30 %"),
-    Method("epic:k=0", "EPIC-0 (dummies)"),
+    Method("epic:k=0,sink=1", "EPIC-0 (dummies)"),
     Method("epic:k=4", "EPIC-4"),
     Method("epic:k=16", "EPIC-16"),
     Method("epic:k=32", "EPIC-32"),

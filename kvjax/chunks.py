@@ -15,15 +15,13 @@ import numpy as np
 
 from kvjax.cache.chunks import ChunkStats, ChunkStore, Variant, VariantKey, tokens_hash
 from kvjax.errors import PromptTooLong, UnknownChunk
+from kvjax.observing import Device, observe, observes
 from kvjax.request import RequestMetrics, SamplingParams
 from kvjax.reuse.assemble import Assembly, assemble
 from kvjax.reuse.strategy import ModelFacts, Prompt, Segment, Strategy, Tokens, context_hash
 from kvjax.schedule import Scheduler
-from kvjax.sequence import Request
+from kvjax.sequence import Request, Status
 from kvjax.sequence import Sequence as Branch
-
-# Slots, and how far keys are turned on -> keys and values, f32[layers, tokens, kv_heads, width].
-ReadSlots = Callable[[np.ndarray, int | np.ndarray], tuple[np.ndarray, np.ndarray | None]]
 
 
 @dataclasses.dataclass(eq=False, slots=True)
@@ -42,12 +40,11 @@ class Chunks:
 
     def __init__(
         self, store: ChunkStore, facts: ModelFacts, scheduler: Scheduler,
-        discard: Callable[[Branch], None], max_model_len: int, read: ReadSlots,
+        discard: Callable[[Branch], None], max_model_len: int, device: Device,
     ) -> None:  # fmt: skip
-        """`read(slots, shift)` gives the KV in these slots, keys turned by that many positions."""
         self.store, self.facts = store, facts
         self._scheduler, self._discard = scheduler, discard
-        self._max_model_len, self._read = max_model_len, read
+        self._max_model_len, self._device = max_model_len, device
         self._jobs: dict[VariantKey, _Job] = {}
         self._waiting: list[tuple[Request, list[VariantKey]]] = []
         self._numbers = itertools.count()
@@ -69,7 +66,7 @@ class Chunks:
         if self.store.get(variant.key) is not variant:
             raise UnknownChunk(f"no KV is stored for chunk {variant.key.chunk}")
         slots = variant.slots(0, variant.num_tokens, self._scheduler.pool.page_size)
-        return self._read(slots, -variant.base)
+        return self._device.read(slots, -variant.base)
 
     # ---- for the engine ---------------------------------------------------------------------
 
@@ -186,7 +183,9 @@ class Chunks:
     def _unrotated(self, variant: Variant) -> tuple[np.ndarray, np.ndarray | None]:
         """Its KV as `kvjax.reuse.strategy.ReadKV` says. Waits for the device."""
         slots = variant.slots(0, variant.num_tokens, self._scheduler.pool.page_size)
-        return self._read(slots, -(variant.base + np.arange(variant.num_tokens, dtype=np.int32)))
+        return self._device.read(
+            slots, -(variant.base + np.arange(variant.num_tokens, dtype=np.int32))
+        )
 
     def _variant(self, job: _Job, sequence: Branch) -> Variant:
         size, start = self._scheduler.pool.page_size, len(job.context)
@@ -219,6 +218,18 @@ class Chunks:
         return assemble(
             request.strategy, self.prompt(request, sequence.num_prompt, exact), self.store
         )
+
+    def observe(self, sequence: Branch) -> None:
+        """Shows a prompt that was just computed to its strategy, once. Waits for the device."""
+        request = sequence.request
+        if request.observed or sequence.assembly is None or not observes(request.strategy):
+            return
+        if sequence.status is Status.FINISHED or sequence.num_computed < sequence.num_prompt:
+            return  # it is over, or has lost its pages meanwhile
+        request.observed = True
+        prompt = self.prompt(request, sequence.num_prompt, 0)
+        if prompt.learns is not False:
+            observe(sequence, prompt, self.store, self._device)
 
     def forget(self) -> None:
         """The device lost every page: the store is empty, jobs start over with the others."""

@@ -11,8 +11,8 @@ from kvjax.engine import Engine
 from kvjax.intake import Intake
 from kvjax.intake import Prompt as UserPrompt
 from kvjax.request import SamplingParams
-from kvjax.reuse.kamera import KV, Kamera, antecedents, low_rank_patch, orders
-from kvjax.reuse.strategy import Prompt, Strategy
+from kvjax.reuse.kamera import Kamera, antecedents, low_rank_patch, orders
+from kvjax.reuse.strategy import KV, Prompt, Strategy
 from kvjax.sequence import Request
 
 Run = Callable[[Sequence[Request]], Iterable[Request]]  # steps the engine until all are over

@@ -51,6 +51,7 @@ class EngineConfig:
     max_reuse_loss: float = 0.1  # nats per token that approximate reuse may cost (`reuse check`)
     force_reuse: bool = False  # also where it was measured to cost more, or not measured at all
     chunk_cache_share: float = 0.5  # of the KV pages, that stored chunks may take at most
+    chunk_eviction_policy: str = "lru"
     deterministic: bool = False  # one row of float32 costs as much as two, and bits stop depending
     overlap: bool = True  # plan and dispatch the next step before this one's tokens are read
     compilation_cache: bool = True

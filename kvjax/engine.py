@@ -10,12 +10,13 @@ discarded, and its slot never enters the prefix tree.
 
 import collections
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from typing import TypeVar
 
 import jax
 import numpy as np
 
-from kvjax.cache.chunks import ChunkStore
+from kvjax.cache.chunks import CHUNK_EVICTION_POLICIES, ChunkStore
 from kvjax.cache.pages import KVSpec
 from kvjax.cache.pool import PagePool
 from kvjax.cache.radix import EVICTION_POLICIES, RadixTree
@@ -24,6 +25,7 @@ from kvjax.config import EngineConfig
 from kvjax.decode import SampleOutput
 from kvjax.errors import GrammarFailed, KVJaxError, StepFailed
 from kvjax.models import Transformer
+from kvjax.observing import Device
 from kvjax.pallas_kernels import cascade_refusal
 from kvjax.readout import LayerKV
 from kvjax.recovery import Suspects
@@ -36,6 +38,8 @@ from kvjax.schedule import Scheduler
 from kvjax.sequence import Assembled, Request, Sequence, Status
 from kvjax.step_plan import Limits, Portion, StepPlan
 from kvjax.transfer import Spans
+
+T = TypeVar("T")
 
 _ASKED = "the structured outputs, bad words and allowed token ids together"
 MAX_SCORED_TOKENS = 128  # prompt tokens whose logits one step keeps
@@ -68,13 +72,11 @@ class Engine:
         pool = PagePool(num_pages, spec.page_size)
         tree = None
         if config.enable_prefix_caching:
-            if config.eviction_policy not in EVICTION_POLICIES:
-                raise ValueError(
-                    f"eviction_policy must be one of {sorted(EVICTION_POLICIES)}, "
-                    f"got {config.eviction_policy!r}"
-                )
-            tree = RadixTree(pool, EVICTION_POLICIES[config.eviction_policy]())
-        store = ChunkStore(pool, int(config.chunk_cache_share * num_pages))
+            policy = _named("eviction_policy", config.eviction_policy, EVICTION_POLICIES)
+            tree = RadixTree(pool, policy())
+        name = config.chunk_eviction_policy
+        leaving = _named("chunk_eviction_policy", name, CHUNK_EVICTION_POLICIES)
+        store = ChunkStore(pool, int(config.chunk_cache_share * num_pages), leaving)
         self.scheduler = Scheduler(pool, tree, self.limits, clock, store, self._assemble)
         if cascade is None:
             never = cascade_refusal(jax.default_backend())
@@ -82,7 +84,12 @@ class Engine:
         self.runner = Runner(model, spec, num_pages, self.limits, cascade)
         self.chunks = Chunks(
             store, _facts(model, spec), self.scheduler, self.discard, max_model_len,
-            lambda slots, shift: self.runner.read(slots, shift),
+            Device(
+                lambda slots, shift: self.runner.read(slots, shift),
+                lambda shape, arguments: self.runner.beside(shape, *arguments),
+                spec.page_size,
+                -(-max_model_len // spec.page_size),
+            ),
         )  # fmt: skip
         self._decode_token = decode_token
         # Gives parked pages back that nobody must have, when a request cannot run otherwise.
@@ -232,6 +239,11 @@ class Engine:
         now = self.clock()
         touched = {}
         ended, self._ended = self._ended, set()
+        sick = {o.sequence for row, o in enumerate(step.owners) if o.draws and not healthy[row]}
+        for portion in step.plan.portions:
+            sequence = portion.sequence
+            if portion.start < sequence.num_prompt <= portion.stop and sequence not in sick:
+                self.chunks.observe(sequence)
         for row, owner in enumerate(step.owners):
             sequence = owner.sequence
             if sequence.status is Status.FINISHED or sequence in ended:
@@ -397,6 +409,12 @@ class Engine:
             used = pool.num_pages - pool.num_free
             most = cached + len(held | stored)
             assert max(cached, len(held | stored)) <= used <= most, (cached, held, stored, used)
+
+
+def _named(setting: str, name: str, known: Mapping[str, T]) -> T:
+    if name not in known:
+        raise ValueError(f"{setting} must be one of {sorted(known)}, got {name!r}")
+    return known[name]
 
 
 def _facts(model: Transformer, spec: KVSpec) -> ModelFacts:

@@ -11,13 +11,16 @@ import numpy as np
 
 from kvjax.cache.pages import KVSpec
 from kvjax.readout import ScoreShape, run_rows
+from kvjax.reuse.attended import AttendedShape, attended, empty_attended
 from kvjax.reuse.forward import StagedShape, run_staged
 from kvjax.reuse.move import move_chunks
 from kvjax.reuse.pack import MoveShape, empty_batch, empty_move
 from kvjax.reuse.read import ReadShape, read_slots
 from kvjax.transfer import ExportShape, ImportShape, empty_spans, export_slots, import_slots
 
-SideKey = MoveShape | StagedShape | ReadShape | ScoreShape | ExportShape | ImportShape
+SideKey = (
+    MoveShape | StagedShape | ReadShape | ScoreShape | ExportShape | ImportShape | AttendedShape
+)
 
 
 class SideProgram(NamedTuple):
@@ -50,6 +53,9 @@ def side_program(key: SideKey, spec: KVSpec, num_layers: int, pages_per_seq: int
     def load(model, pages, spans, slots):
         return import_slots(pages, spans, slots)
 
+    def sums(model, pages, *arrays):
+        return attended(model, pages, spec, *arrays)
+
     match key:
         case MoveShape():
             return SideProgram(move, empty_move(key, num_layers, spec), True)
@@ -66,3 +72,5 @@ def side_program(key: SideKey, spec: KVSpec, num_layers: int, pages_per_seq: int
             table, number = np.zeros((1, pages_per_seq), np.int32), np.zeros((), np.int32)
             arguments = (np.zeros(key.rows, np.int32), number, number, table)
             return SideProgram(score, arguments, True)
+        case AttendedShape():
+            return SideProgram(sums, empty_attended(key, pages_per_seq), True)

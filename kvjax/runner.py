@@ -254,11 +254,13 @@ class Runner:
         shape = ScoreShape(padded(len(tokens)))
         ids, table = ints(shape.rows), ints(1, self._pages_per_seq)
         ids[: len(tokens)], table[0, : len(page_ids)] = tokens, page_ids
-        program = self._program(shape)
-        self.pages, logits = program(
-            self._weights, self.pages, ids, np.int32(first), np.int32(len(tokens)), table
-        )
-        return np.asarray(logits)[: len(tokens)]
+        logits = self.beside(shape, ids, np.int32(first), np.int32(len(tokens)), table)
+        return logits[: len(tokens)]
+
+    def beside(self, key: SideKey, *arguments: Any) -> np.ndarray:
+        """Runs a program that gives the pages back and one array, which is waited for."""
+        self.pages, result = self._program(key)(self._weights, self.pages, *arguments)
+        return np.asarray(result)
 
     def _prepare(self, plan: StepPlan) -> None:
         """What comes before the step's tokens."""

@@ -110,6 +110,7 @@ class Request:
     chunk_spans: tuple[tuple[int, int], ...] = ()  # of the prompt; () also if nothing is reused
     strategy: Any = None  # `kvjax.reuse.Strategy` for them
     report: Any = None  # `kvjax.reuse.report.ReuseReport`, once scheduled
+    observed: bool = False  # its strategy has seen the computed prompt
 
     @property
     def namespace(self) -> tuple[str | None, str]:

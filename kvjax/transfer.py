@@ -11,7 +11,7 @@ from jaxtyping import Array, Int
 from kvjax.cache.pages import KVGroup, KVPages, KVSpec, storage_dtype
 from kvjax.pallas_kernels import export_span, import_span
 from kvjax.pallas_kernels.page_ops import KVSpan
-from kvjax.reuse.pieces import padded_slots, pieces
+from kvjax.reuse.padding import padded_slots, pieces
 
 Spans = tuple[KVSpan, ...]  # one per layer
 

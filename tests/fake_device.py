@@ -253,6 +253,7 @@ def make_engine(
         overlap=overlap,
         deterministic=False,
         chunk_cache_share=0.5,
+        chunk_eviction_policy="lru",
     )
     model: Any = types.SimpleNamespace(config=types.SimpleNamespace(num_layers=1, hidden_size=1))
     spec: Any = types.SimpleNamespace(page_size=PAGE, bytes=lambda tokens: tokens)

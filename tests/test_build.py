@@ -28,6 +28,7 @@ def config(**settings) -> EngineConfig:
         ({"kv_cache_memory": host_memory() + 1}, f"exceeds the {host_memory()} bytes"),
         ({"max_model_len": 513}, "513 exceeds the model's context of 512"),
         ({"eviction_policy": "mru"}, "lru"),
+        ({"chunk_eviction_policy": "mru"}, "saving"),
     ],
 )
 def test_settings_that_do_not_fit_are_named_with_their_limit(model, settings, said):

@@ -90,6 +90,7 @@ def _saving(variant: VariantView) -> tuple[float, ...]:
     return (variant.uses * variant.saving, variant.last_use)
 
 
+# By the name that `EngineConfig.chunk_eviction_policy` gives; one from outside is one more entry.
 CHUNK_EVICTION_POLICIES: dict[str, ChunkEvictionPolicy] = {
     "lru": _lru,
     "lfu": _lfu,
@@ -167,6 +168,10 @@ class ChunkStore:
     def variants(self, salt: str | None, chunk: str) -> Mapping[str, Variant]:
         """All variants of a chunk by context hash. Counts as no use."""
         return self._by_chunk.get((salt, chunk), {})
+
+    def of(self, salt: str | None) -> Iterator[Variant]:
+        """All variants of a tenant, in the order in which they came. Counts as no use."""
+        return (variant for variant in self if variant.key.salt == salt)
 
     def get(self, key: VariantKey) -> Variant | None:
         """One variant, if it is stored. Counts as no use."""

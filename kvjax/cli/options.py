@@ -6,6 +6,7 @@ import json
 import re
 from typing import Any
 
+from kvjax.cache.chunks import CHUNK_EVICTION_POLICIES
 from kvjax.cache.radix import EVICTION_POLICIES
 from kvjax.config import KV_CACHE_DTYPES, EngineConfig
 from kvjax.llm import LLM
@@ -139,6 +140,7 @@ def add_engine(parser: argparse.ArgumentParser, *, reuse: bool = True) -> None:
     if reuse:
         add("reuse", "of marked chunks, such as epic:k=16", metavar="SPEC")
     add("chunk_cache_share", "of the KV cache, for stored chunks", type=float, metavar="X")
+    add("chunk_eviction_policy", "who leaves them first", choices=sorted(CHUNK_EVICTION_POLICIES))
     add("max_reuse_loss", "nats per token that reuse may cost", type=float, metavar="X")
     add("force_reuse", "reuse that was not measured, or costs more (see kvjax reuse check)")
     add("deterministic", "bits of a result never depend on what else is in the batch")

@@ -12,11 +12,13 @@ from typing import Any
 from kvjax.errors import UnknownStrategy
 from kvjax.reuse.cacheblend import CacheBlend
 from kvjax.reuse.cacheclip import CacheClip
+from kvjax.reuse.cachecraft import CacheCraft
 from kvjax.reuse.cachetune import CacheTune
 from kvjax.reuse.controls import Oracle, RandomTokens
 from kvjax.reuse.epic import Epic
 from kvjax.reuse.fusionrag import FusionRAG
 from kvjax.reuse.kamera import Kamera
+from kvjax.reuse.kvcomm import KVComm
 from kvjax.reuse.kvshare import KVShare
 from kvjax.reuse.naive import Naive, NaiveWithoutRotation
 from kvjax.reuse.relaycaching import RelayCaching
@@ -26,9 +28,11 @@ __all__ = [
     "STRATEGIES",
     "CacheBlend",
     "CacheClip",
+    "CacheCraft",
     "CacheTune",
     "Epic",
     "FusionRAG",
+    "KVComm",
     "KVShare",
     "Kamera",
     "Naive",
@@ -51,7 +55,8 @@ STRATEGIES: dict[str, type[Strategy]] = {
     strategy.name: strategy
     for strategy in (
         PrefixOnly, Naive, NaiveWithoutRotation, Epic, CacheBlend, FusionRAG, CacheTune,
-        KVShare, CacheClip, Kamera, RelayCaching, RandomTokens, Oracle,
+        KVShare, CacheClip, CacheCraft, KVComm, Kamera, RelayCaching, RandomTokens,
+        Oracle,
     )
 }  # fmt: skip
 

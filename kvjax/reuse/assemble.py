@@ -85,7 +85,7 @@ def assemble(strategy: Strategy, prompt: Prompt, store: ChunkStore) -> Assembly:
     exact_end, exact_hits = _exact_reach(prompt, hits)
     moves = []
     for hit in hits:
-        patch = None if hit in exact_hits else strategy.patch(prompt, hit, hits)
+        patch = None if hit in exact_hits else strategy.patch(prompt, hit, hits, store)
         shift = hit.shift if strategy.rotates else 0
         moves.append(Move(hit.variant, hit.start, hit.stop, hit.offset, shift, patch))
     blended = [hit for hit in hits if hit not in exact_hits]
@@ -141,8 +141,8 @@ def _lineage(strategy: Strategy, prompt: Prompt, moves: list[Move]) -> str:
     """What KV behind the first approximate token depends on, beside the tokens before it."""
     digest = hashlib.blake2b(strategy.spec.encode(), digest_size=16)
     for move in moves:
-        rank = None if move.patch is None else move.patch.rank
-        digest.update(repr((move.start, move.stop, move.shift, move.variant.key, rank)).encode())
+        patch = None if move.patch is None else (move.patch.rank, move.patch.origin)
+        digest.update(repr((move.start, move.stop, move.shift, move.variant.key, patch)).encode())
     if strategy.query_aware:
         digest.update(np.asarray(prompt.tokens, np.int64).tobytes())
     return digest.hexdigest()

@@ -20,8 +20,10 @@ from typing import ClassVar, Literal
 
 import numpy as np
 
-from kvjax.cache.chunks import Variant, tokens_hash
+from kvjax.cache.chunks import Variant
+from kvjax.reuse.pieces import pieces_before
 from kvjax.reuse.strategy import (
+    KV,
     CanonicalChunks,
     Found,
     Hit,
@@ -30,8 +32,6 @@ from kvjax.reuse.strategy import (
     Tokens,
     count_of,
 )
-
-KV = tuple[np.ndarray, np.ndarray | None]  # f32[layers, tokens, kv_heads, width], no v for a latent
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +73,7 @@ class Kamera(CanonicalChunks):
         bound = antecedents(prompt, number)
         return variant if not bound or self.patch_key(bound) in variant.facts else None
 
-    def patch(self, prompt: Prompt, hit: Hit, hits: Sequence[Hit]) -> KVPatch | None:
+    def patch(self, prompt: Prompt, hit: Hit, hits: Sequence[Hit], found: Found) -> KVPatch | None:
         """The patch made for the hit's antecedents; None if there is none for exactly them."""
         bound = antecedents(prompt, hit.number)
         return hit.variant.facts.get(self.patch_key(bound)) if bound else None
@@ -86,14 +86,12 @@ class Kamera(CanonicalChunks):
 def antecedents(prompt: Prompt, number: int) -> str:
     """What a chunk of a prompt stands behind: a hash of the chunks as a set, and of the text as it
     stands; "" for the first thing in a prompt."""
-    before = prompt.segments[:number]
-    text, at = [], 0
-    for start, stop in (*((s.start, s.stop) for s in before), (prompt.segments[number].start, 0)):
-        text.append(tokens_hash(prompt.tokens[at:start]) if start > at else "")
-        at = stop
-    if not before and not text[0]:
+    pieces = pieces_before(prompt, number)
+    chunks = sorted(piece.name for piece in pieces if piece.is_chunk)
+    text = [piece.name for piece in pieces if not piece.is_chunk]
+    if not chunks and not text[0]:
         return ""
-    return "+".join(sorted(s.chunk for s in before)) + "|" + "+".join(text)
+    return "+".join(chunks) + "|" + "+".join(text)
 
 
 def low_rank_patch(alone: KV, behind: KV, rank: int, shallow: int = 0) -> KVPatch:

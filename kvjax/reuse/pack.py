@@ -10,7 +10,7 @@ from kvjax.cache.pages import KVSpec
 from kvjax.reuse.assemble import Assembly, Move
 from kvjax.reuse.forward import StagedBatch, StagedShape, shape_of
 from kvjax.reuse.move import DevicePatch
-from kvjax.reuse.pieces import pieces
+from kvjax.reuse.padding import pieces
 from kvjax.reuse.plan import Spans, TopK
 from kvjax.reuse.strategy import KVPatch
 

@@ -1,20 +1,26 @@
-"""Runs of tokens cut into pieces of two compiled sizes, so that no length needs a program more."""
+"""What stands in front of a chunk of a prompt, piece by piece."""
 
-from collections.abc import Iterator
+from typing import NamedTuple
 
-import numpy as np
-
-PIECE_SIZES = (128, 512)  # tokens of a program that moves, reads, exports or imports KV
-
-
-def pieces(count: int) -> Iterator[tuple[slice, int]]:
-    """Consecutive parts of `range(count)`, and the size that each is padded to."""
-    most = PIECE_SIZES[-1]
-    for first in range(0, count, most):
-        part = slice(first, min(first + most, count))
-        yield part, next(size for size in PIECE_SIZES if size >= part.stop - part.start)
+from kvjax.cache.chunks import tokens_hash
+from kvjax.reuse.strategy import Prompt
 
 
-def padded_slots(slots: np.ndarray, size: int) -> np.ndarray:
-    """Slots, i32, with padding behind them."""
-    return np.pad(slots.astype(np.int32), (0, size - len(slots)), constant_values=-1)
+class Piece(NamedTuple):
+    """Tokens `[start, stop)` of a prompt: a chunk, or the text between two."""
+
+    start: int
+    stop: int
+    name: str  # `tokens_hash`; "" for a text of no tokens
+    is_chunk: bool
+
+
+def pieces_before(prompt: Prompt, number: int) -> tuple[Piece, ...]:
+    """Text, chunk, text, ... text in front of chunk `number`; any of these texts may be empty."""
+    pieces, at = [], 0
+    for segment in prompt.segments[: number + 1]:
+        text = prompt.tokens[at : segment.start]
+        pieces.append(Piece(at, segment.start, tokens_hash(text) if text else "", False))
+        pieces.append(Piece(segment.start, segment.stop, segment.chunk, True))
+        at = segment.stop
+    return tuple(pieces[:-1])

@@ -12,7 +12,7 @@ from kvjax.cache.pages import KVPages, KVSpec
 from kvjax.models import Transformer
 from kvjax.pallas_kernels import gather_slots
 from kvjax.pallas_kernels.reposition.rotation import rotate
-from kvjax.reuse.pieces import padded_slots, pieces
+from kvjax.reuse.padding import padded_slots, pieces
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,7 +14,28 @@ from jaxtyping import Array, Bool, Float, Int
 
 from kvjax.cache.pages import KVView
 from kvjax.models import Transformer
-from kvjax.pallas_kernels import Pages, attention_mass, paged_attention
+from kvjax.pallas_kernels import AttentionMass, Pages, attention_mass, paged_attention
+
+
+def mass_of_rows(
+    model: Transformer,
+    layer: int,
+    pages: Pages,
+    view: KVView,
+    hidden: Float[Array, "rows hidden"],
+    positions: Int[Array, " rows"],
+    segment_starts: Int[Array, "1 segments_plus_1"] | None = None,
+) -> AttentionMass:
+    """Attention that rows of one sequence pay in a layer, summed over heads: per key, and per row
+    over the keys of each segment. `hidden` enters the layer."""
+    q, _, _ = model.project(layer, hidden, positions)
+    c = model.config
+    width = c.latent.kv_lora_rank if c.latent else None
+    options = {"scale": c.scale, "soft_cap": c.attention_soft_cap, "value_width": width}
+    starts = jnp.array([0, q.shape[0]], jnp.int32)
+    seen = (view.block_tables, starts, view.kv_lens, view.visible_lo, view.visible_hi)
+    _, lse = paged_attention(q, pages, *seen, return_lse=True, **options)
+    return attention_mass(q, lse, pages, *seen, segment_starts=segment_starts, **options)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,21 +66,12 @@ class Layer:
 
         `within` is a span of indices: softmax over these keys alone; None: over all visible ones.
         """
-        q, _, _ = self.model.project(self.number, self.hidden, self.positions)
         lo, hi = self.view.visible_lo, self.view.visible_hi
         if within is not None:
             lo, hi = jnp.maximum(lo, within[0]), jnp.minimum(hi, within[1])
         hi = jnp.where(observers & (self.ids >= 0), hi, 0)
-        lo = jnp.minimum(lo, hi)
-        c = self.model.config
-        options = {"scale": c.scale, "soft_cap": c.attention_soft_cap}
-        width = c.latent.kv_lora_rank if c.latent else None
-        starts = jnp.array([0, q.shape[0]], jnp.int32)
-        arguments = (self.view.block_tables, starts, self.view.kv_lens, lo, hi)
-        _, lse = paged_attention(
-            q, self.pages, *arguments, return_lse=True, value_width=width, **options
-        )
-        mass = attention_mass(q, lse, self.pages, *arguments, value_width=width, **options)
+        view = dataclasses.replace(self.view, visible_lo=jnp.minimum(lo, hi), visible_hi=hi)
+        mass = mass_of_rows(self.model, self.number, self.pages, view, self.hidden, self.positions)
         at = jnp.where(self.indices < 0, mass.columns.shape[1], self.indices)
         return mass.columns[0].at[at].get(mode="fill", fill_value=0.0)
 
@@ -117,6 +129,17 @@ def question_attention_within(layer: Layer) -> Array:
     return each.sum(axis=0)
 
 
+def question_chunk_attention(layer: Layer) -> Array:
+    """Attention of the question per key of a chunk, the same for all of its tokens (Cache-Craft,
+    arXiv 2502.15734, adaptive early termination)."""
+    columns = question_attention(layer)
+    starts, stops = layer.chunks[:, 0, None], layer.chunks[:, 1, None]
+    within = (layer.indices[None] >= starts) & (layer.indices[None] < stops)
+    share = within.astype(columns.dtype)  # [chunks, candidates]
+    mean = (share @ columns) / jnp.maximum(share.sum(axis=1), 1)
+    return mean @ share
+
+
 def attention_value_deviation(layer: Layer) -> Array:
     """Attention that a key gets from all rows, times the L1 distance of new and stored values (of
     keys for latent KV): KVShare, arXiv 2503.16525 v2."""
@@ -134,4 +157,5 @@ SCORES: dict[str, Score] = {
     "value_angle": value_angle,
     "question_attention": question_attention,
     "question_attention_within": question_attention_within,
+    "question_chunk_attention": question_chunk_attention,
 }

@@ -14,7 +14,7 @@ store, under the tenant's salt.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 import numpy as np
@@ -25,7 +25,8 @@ from kvjax.reuse.plan import Spans, StagedPlan
 Tokens = tuple[int, ...]
 # Reads a variant's KV: float32 `[layers, tokens, kv_heads, width]`, keys as before rotary positions
 # (an amplitude of the rotary table stays in them), values None where there are none (latent).
-ReadKV = Callable[[], tuple[np.ndarray, np.ndarray | None]]
+KV = tuple[np.ndarray, np.ndarray | None]
+ReadKV = Callable[[], KV]
 
 
 class ModelFacts(NamedTuple):
@@ -68,6 +69,13 @@ class Prompt:
         start = self.segments[-1].stop if self.segments else 0
         return min(start, self.num_tokens - 1), self.num_tokens - 1
 
+    @property
+    def learns(self) -> bool | None:
+        """What its `extra_args["learn"]` says to strategies that learn from prompts. True: it is
+        computed whole, and learned from; False: nothing is learned from it; None: as they like."""
+        learn = self.options.get("learn")
+        return None if learn is None else bool(learn)
+
     def chunk_tokens(self, number: int) -> Tokens:
         """Tokens of one chunk."""
         segment = self.segments[number]
@@ -109,6 +117,7 @@ class KVPatch:
     k_left: np.ndarray | None = None
     v_left: np.ndarray | None = None
     frame: str = "source"
+    origin: str = ""  # what it was made of, where the same hit may get another one later
 
     @property
     def rank(self) -> int | None:
@@ -138,35 +147,58 @@ class Found(Protocol):
         """Variants of a chunk, by `tokens_hash` of their context."""
         ...
 
-
-class Workbench(Protocol):
-    """What a strategy may ask of the engine, outside of serving: KV of its own making, as numbers.
-
-    All of it costs forwards, which are counted.
-    """
-
-    def encode(
-        self, tokens: Tokens, context: Tokens = (), *, salt: str | None = None
-    ) -> Variant | None:
-        """The variant of `tokens` behind `context`: stored, or computed now; None if refused."""
-        ...
-
-    def read(self, variant: Variant) -> tuple[np.ndarray, np.ndarray | None]:
-        """Its keys and values, float32 `[layers, tokens, kv_heads, width]`, keys turned back to
-        positions from 0."""
-        ...
-
-    def put(self, variant: Variant) -> bool:
-        """Stores a variant whose pages somebody holds; whether it was admitted."""
+    def of(self, salt: str | None) -> Iterable[Variant]:
+        """All variants of a tenant, in the order in which they came."""
         ...
 
 
-class Observed(Protocol):
+@dataclasses.dataclass(frozen=True, slots=True)
+class Observed:
     """A prompt that has been computed, while its KV is still there."""
 
     prompt: Prompt
-    exact: bool  # every token was run with everything before it run or hit exactly
-    page_ids: Sequence[int]
+    exact_end: int  # tokens before it are as exact as a full prefill
+    fates: np.ndarray  # i8[groups, tokens], `kvjax.reuse.report.Fate`
+    used: tuple[tuple[int, int, Variant], ...]  # tokens `[start, stop)` came from a stored variant
+
+    @property
+    def exact(self) -> bool:
+        """Whether all of it is."""
+        return self.exact_end >= self.prompt.num_tokens
+
+
+class Workbench(Found, Protocol):
+    """What a strategy may do with an observed prompt and the chunk store.
+
+    Reading waits for the device. KV is float32 `[layers, tokens, kv_heads, width]`, values None for
+    a latent, keys turned back to positions from 0 on.
+    """
+
+    def read(self, variant: Variant) -> KV:
+        """KV of a stored variant."""
+        ...
+
+    def read_prompt(self, start: int, stop: int) -> KV:
+        """KV of tokens `[start, stop)` of the prompt, which come to stand at positions from 0."""
+        ...
+
+    def attended(self, start: int, stop: int, edges: Sequence[int]) -> np.ndarray:
+        """Attention that tokens `[start, stop)` paid to tokens `[edges[p], edges[p + 1])`, in the
+        mean over heads: f32[layers, stop - start, parts]. Runs these tokens once more."""
+        ...
+
+    def keep(self, number: int) -> Variant | None:
+        """Stores a chunk of the prompt as it is there; the variant, also if it was there already.
+        None: the store did not let it in."""
+        ...
+
+    def use(self, variant: Variant) -> None:
+        """Records a use, which protects it from newcomers."""
+        ...
+
+    def discard(self, variant: Variant) -> None:
+        """Drops a variant from the store."""
+        ...
 
 
 class Strategy:
@@ -194,7 +226,7 @@ class Strategy:
         """The variant that serves a chunk; None: its tokens are computed like any text."""
         return None
 
-    def patch(self, prompt: Prompt, hit: Hit, hits: Sequence[Hit]) -> KVPatch | None:
+    def patch(self, prompt: Prompt, hit: Hit, hits: Sequence[Hit], found: Found) -> KVPatch | None:
         """What to add to a hit's KV. Made for `hit.start - hit.segment.start` on."""
         return None
 
