@@ -13,7 +13,6 @@ from jaxtyping import Array, Float, Int
 
 from kvjax.cache.pages import KVPages, KVSpec, KVView
 from kvjax.models import Transformer
-from kvjax.reuse.forward import rung
 from kvjax.reuse.scores import mass_of_rows
 
 
@@ -75,13 +74,18 @@ def attended_arguments(
 ) -> tuple[AttendedShape, tuple[np.ndarray, ...]]:  # fmt: skip
     """The program for tokens `[start, stop)` of a prompt, and its arguments."""
     parts = len(edges) - 1
-    shape = AttendedShape(rung(stop - start), 1 << max(0, (parts - 1).bit_length()))
+    shape = AttendedShape(_padded(stop - start), _padded(parts))
     ids, _, _, table, bounds = empty_attended(shape, pages_per_seq)
     ids[: stop - start] = tokens[start:stop]
     table[0, : len(page_ids)] = page_ids
     bounds[0] = edges[-1]
     bounds[0, : parts + 1] = edges
     return shape, (ids, np.array(start, np.int32), np.array(stop - start, np.int32), table, bounds)
+
+
+def _padded(count: int) -> int:
+    """The next power of two, 16 at least: few programs, for what is seldom run."""
+    return max(16, 1 << (count - 1).bit_length())
 
 
 def empty_attended(shape: AttendedShape, pages_per_seq: int) -> tuple[np.ndarray, ...]:

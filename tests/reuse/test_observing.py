@@ -8,7 +8,7 @@ import pytest
 
 from kvjax import SamplingParams
 from kvjax.request import Chunk
-from kvjax.reuse.strategy import KV, Observed, Strategy, Variant, Workbench
+from kvjax.reuse.strategy import Observed, Strategy, Workbench
 from tests.reuse.prompts import FIRST, QUESTION, SECOND, SYSTEM, fresh_llm
 
 PROMPT = [SYSTEM, Chunk(FIRST), Chunk(SECOND), QUESTION]
@@ -38,7 +38,8 @@ def llm():
     return fresh_llm()
 
 
-def watched(llm, **options: Any) -> list[tuple[Observed, KV, Variant, KV, np.ndarray]]:
+def watched(llm, **options: Any) -> list[Any]:
+    """What was noted: the prompt as observed, its KV, chunk 1 as kept, its KV, its attention."""
     llm.reset_prefix_cache()
     llm.chunks.store.clear()
     notes: list[Any] = []
