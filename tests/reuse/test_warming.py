@@ -27,7 +27,7 @@ def random_prompts(seed: int, count: int) -> list:
     draw = random.Random(seed)
     made = []
     for _ in range(count):
-        parts = ["".join(draw.choices("abcdefgh ", k=draw.randint(1, 20)))]
+        parts: list[str | Chunk] = ["".join(draw.choices("abcdefgh ", k=draw.randint(1, 20)))]
         for _ in range(draw.randint(1, 4)):
             parts.append(Chunk("".join(draw.choices("ijklmnop ", k=draw.randint(1, 20)))))
             if draw.random() < 0.3:
