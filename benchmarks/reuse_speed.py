@@ -149,7 +149,7 @@ def _novel_queries(engine: _Engine, args: argparse.Namespace) -> dict[str, Any]:
     Documents are drawn with the popularity of Zipf's law; one that is not stored is encoded while
     its query waits, which counts.
     """
-    store = engine.llm.chunks.store
+    store = engine.llm.engine.chunks.store
     page = engine.llm.engine.spec.page_size
     pages_each = -(-args.document_tokens // page)
     pool = [tuple(engine.cut(args.document_tokens))

@@ -30,9 +30,11 @@ from kvjax.pallas_kernels import cascade_refusal
 from kvjax.readout import LayerKV
 from kvjax.recovery import Suspects
 from kvjax.request import FinishReason, Logprob, PositionLogprobs
+from kvjax.reuse import parse
 from kvjax.reuse.pack import stage_rows
 from kvjax.reuse.report import Fate, staged_report
 from kvjax.reuse.strategy import ModelFacts
+from kvjax.reuse.warming import reuse_programs
 from kvjax.runner import Dispatched, RowOwner, Runner
 from kvjax.schedule import Scheduler
 from kvjax.sequence import Assembled, Request, Sequence, Status
@@ -82,8 +84,10 @@ class Engine:
             never = cascade_refusal(jax.default_backend())
             cascade = never is None and not config.deterministic
         self.runner = Runner(model, spec, num_pages, self.limits, cascade)
+        facts = _facts(model, spec)
+        self.runner.side_keys = reuse_programs(parse(config.reuse), facts, max_model_len)
         self.chunks = Chunks(
-            store, _facts(model, spec), self.scheduler, self.discard, max_model_len,
+            store, facts, self.scheduler, self.discard, max_model_len,
             Device(
                 lambda slots, shift: self.runner.read(slots, shift),
                 lambda shape, arguments: self.runner.beside(shape, *arguments),

@@ -37,6 +37,7 @@ from kvjax.reuse.assemble import Move
 from kvjax.reuse.forward import StagedShape
 from kvjax.reuse.pack import batched_moves, stage_prompt
 from kvjax.reuse.read import read_pieces
+from kvjax.reuse.warming import smallest_holding
 from kvjax.sequence import Sequence
 from kvjax.step import Bucket, StepBatch, StepLayout, ints, step
 from kvjax.step_plan import Limits, Portion, StepPlan
@@ -87,6 +88,7 @@ class Runner:
         self.arguments = stage_arguments()
         self.cascade_rule = _cascade_rule(model.config, spec) if cascade else None
         self.buckets = ladder(limits, self.cascade_rule is not None)
+        self.side_keys: tuple[SideKey, ...] = ()  # of programs that warm-up compiles as well
         self._programs: dict[ProgramKey, Any] = {}
         self._layouts: dict[Bucket, StepLayout] = {}
         self.compiles = 0
@@ -122,7 +124,7 @@ class Runner:
 
     def compile_next(self) -> str | None:
         """Compiles one more program; its name, or None when all are there."""
-        for key in (*_BESIDE, *self.buckets):
+        for key in (*_BESIDE, *self.buckets, *self.side_keys):
             if key not in self._programs:
                 self._program(key)
                 return str(key)
@@ -131,7 +133,7 @@ class Runner:
     @property
     def is_warm(self) -> bool:
         """Whether every program is compiled."""
-        return all(key in self._programs for key in (*_BESIDE, *self.buckets))
+        return all(key in self._programs for key in (*_BESIDE, *self.buckets, *self.side_keys))
 
     def _program(self, key: ProgramKey) -> Any:
         if key not in self._programs:
@@ -281,12 +283,20 @@ class Runner:
         """A staged prefill of one sequence, up to its last prompt token."""
         assert plan.staged is not None
         self._prepare(plan)
-        shape, batch = stage_prompt(plan.staged, self.spec.page_size, self._pages_per_seq)
+        shape, batch = stage_prompt(
+            plan.staged, self.spec.page_size, self._pages_per_seq, self._fitting
+        )
         rows = sum(stage.rows for stage in shape.stages)
         self.padded_tokens += rows
         program = self._program(shape)
         self.pages, stages = program(self._weights, self.pages, batch)
         return Dispatched(plan, (), None, shape, stages)
+
+    def _fitting(self, shape: StagedShape) -> StagedShape:
+        """Once warm, a program that is compiled, if one holds what `shape` is for."""
+        if shape in self._programs or not self.is_warm:
+            return shape
+        return smallest_holding(self.side_keys, shape) or shape
 
     def _copy(self, copies: tuple[tuple[int, int], ...]) -> None:
         width = self.limits.max_num_seqs

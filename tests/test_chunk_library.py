@@ -48,6 +48,7 @@ def answer(llm: LLM) -> Any:
     (out,) = llm.generate([PROMPT], GREEDY)
     assert out.error is None
     (completion,) = out.outputs
+    assert completion.logprobs is not None
     logprobs = [{i: one.logprob for i, one in entry.items()} for entry in completion.logprobs]
     return completion.token_ids, logprobs, out.reuse.shifted
 

@@ -37,7 +37,7 @@ def test_a_marked_conversation_is_the_templates_text_with_its_chunks_apart():
     parts = chat_parts(ChattyTokenizer(), MESSAGES)
     assert [part for part in parts if isinstance(part, Chunk)] == [Chunk(A), Chunk(B)]
     plain = [MESSAGES[0], {"role": "user", "content": A + " and " + B + "Who?"}]
-    joined = "".join(part.content if isinstance(part, Chunk) else part for part in parts)
+    joined = "".join(str(part.content) if isinstance(part, Chunk) else part for part in parts)
     assert joined == render_chat(ChattyTokenizer(), plain)
 
 

@@ -56,7 +56,9 @@ def test_cuts_are_at_paragraphs_then_sentences_then_words():
     tokenizer = LetterTokenizer()
 
     def cut(text: str, most: int) -> list[str]:
-        return [tokenizer.decode(chunk.content) for chunk in segment(text, tokenizer, most)]
+        return [
+            tokenizer.decode(map(int, chunk.content)) for chunk in segment(text, tokenizer, most)
+        ]
 
     assert cut("one two.\n\nthree four. five", 16) == ["one two.\n\n", "three four. five"]
     assert cut("one two. three four", 14) == ["one two. ", "three four"]

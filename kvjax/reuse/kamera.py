@@ -61,6 +61,11 @@ class Kamera(CanonicalChunks):
         if self.without not in ("shift", "compute"):
             raise ValueError(f"without must be 'shift' or 'compute', got {self.without!r}")
 
+    @property
+    def patch_shapes(self) -> tuple[tuple[tuple[int, ...], str], ...]:
+        """One rank for all."""
+        return (((self.rank,), "source"),)
+
     def wanted(self, prompt: Prompt, number: int, found: Found) -> Tokens | None:
         """The canonical variant, unless it would not be used."""
         return () if self.without == "shift" or not antecedents(prompt, number) else None

@@ -1,7 +1,7 @@
 """Moves and staged prompts as padded numpy arrays, in the shapes that programs are compiled for."""
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -116,16 +116,22 @@ def empty_move(shape: MoveShape, num_layers: int, spec: KVSpec) -> tuple[Any, ..
 
 
 def stage_prompt(
-    sequence: Placed, page_size: int, pages_per_seq: int
+    sequence: Placed,
+    page_size: int,
+    pages_per_seq: int,
+    fit: Callable[[StagedShape], StagedShape] = lambda shape: shape,
 ) -> tuple[StagedShape, StagedBatch]:
-    """The program and the arguments that run a sequence's staged plan."""
+    """The program and the arguments that run a sequence's staged plan.
+
+    `fit` may choose another program that holds what the plan needs.
+    """
     assembly: Assembly = sequence.assembly
     plan = assembly.staged
     assert plan is not None
     ((start, stop),) = assembly.reused
     indices = np.arange(start, stop, dtype=np.int32)
     hits = [(m.start, m.stop) for m in assembly.moves if m.start >= assembly.exact_end]
-    shape = shape_of(plan, len(indices), len(assembly.always), len(hits))
+    shape = fit(shape_of(plan, len(indices), len(assembly.always), len(hits)))
     size = shape.candidates
 
     def padded(values: Any, dtype: Any, fill: int = 0) -> np.ndarray:

@@ -125,6 +125,7 @@ _STYLE = """
   th, td { padding: 4px 18px 4px 0; text-align: right; border-bottom: 1px solid var(--line); }
   th:first-child, td:first-child, .key td { text-align: left; }
   th { color: var(--soft); font-weight: 500; }
+  td:first-child { white-space: nowrap; }
   .swatch { display: inline-block; width: 13px; height: 13px; border-radius: 3px;
     margin-right: 8px; vertical-align: -1px; }
   .bar { display: flex; height: 9px; border-radius: 4px; overflow: hidden; margin: 8px 0 12px; }

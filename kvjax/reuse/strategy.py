@@ -209,6 +209,11 @@ class Strategy:
     query_aware: ClassVar[bool] = False  # whether the text behind a chunk changes its KV
     rotates: ClassVar[bool] = True
 
+    @property
+    def patch_shapes(self) -> tuple[tuple[tuple[int, ...], str], ...]:
+        """Rank (`()` is dense) and frame of the patches it makes: whose programs are warmed up."""
+        return ()
+
     def enrich(self, tokens: Tokens, corpus: Sequence[Tokens]) -> Tokens:
         """Context behind which a chunk of a corpus is computed ahead of time; () is canonical."""
         return ()

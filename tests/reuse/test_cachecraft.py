@@ -237,7 +237,7 @@ def test_asking_exactly_after_a_blend_is_a_cold_full_prefill():
 
 
 def kept(llm: Any, text: str, salt: str | None = None) -> list[Variant]:
-    return list(llm.chunks.store.variants(salt, tokens_hash(map(ord, text))).values())
+    return list(llm.engine.chunks.store.variants(salt, tokens_hash(map(ord, text))).values())
 
 
 def test_the_variant_whose_context_is_there_again_serves():
