@@ -25,6 +25,8 @@ from kvjax.readout import LayerKV
 from kvjax.request import Chunk, SamplingParams
 from kvjax.reuse import STRATEGIES, PrefixOnly, Strategy, parse
 from kvjax.reuse.controls import Oracle
+from kvjax.reuse.kamera import Kamera
+from kvjax.reuse.relaycaching import RelayCaching
 from kvjax.reuse.strategy import Prompt, Segment
 
 ANSWER_TOKENS = (8, 16)  # least and most of a greedy answer
@@ -48,6 +50,7 @@ class EngineInstrument:
         self._llm, self._about = llm, dict(about)
         self._tokenizer = llm.get_tokenizer()
         self._reference: tuple[Item, _Reference] | None = None
+        self._passages: list[Chunk] = []  # of the corpus
 
     def about(self) -> Mapping[str, Any]:
         """Model, types, device, versions."""
@@ -68,20 +71,15 @@ class EngineInstrument:
         return made
 
     def begin(self, corpus: Corpus, methods: Sequence[str]) -> None:
-        """Empties the stores, and fills them: for strategies that encode passages among others, and
-        with the warm-up items for those that learn from prompts. Nothing is learned afterwards."""
+        """Empties the stores; strategies that learn from prompts see the warm-up items, and learn
+        nothing afterwards."""
         self._llm.engine.chunks.forget()
         self._llm.reset_prefix_cache()
         self._reference = None
         passages = {p.id: p for item in corpus.items for p in item.passages}
+        self._passages = [self._chunk(passage) for passage in passages.values()]
         for method in methods:
-            if method.partition(":")[0] not in STRATEGIES:
-                continue
-            strategy = parse(method)
-            if type(strategy).enrich is not Strategy.enrich:
-                chunks = [self._chunk(passage) for passage in passages.values()]
-                self._llm.chunks.put(chunks, strategy=strategy)
-            if observes(strategy):
+            if method.partition(":")[0] in STRATEGIES and observes(strategy := parse(method)):
                 self._learn(corpus, strategy)
 
     def _learn(self, corpus: Corpus, strategy: Strategy) -> None:
@@ -89,6 +87,22 @@ class EngineInstrument:
         for item in corpus.warm_up:
             self._llm.reset_prefix_cache()
             self._llm.open(self._prompt(item), params).close()
+
+    def _provide(self, item: Item, strategy: Strategy) -> None:
+        """What a strategy has made ahead of time, for this item: a bounded store surely holds it.
+
+        Nothing of it depends on the question.
+        """
+        if type(strategy).enrich is not Strategy.enrich:
+            mine = [self._chunk(passage) for passage in item.passages]
+            self._llm.chunks.put(mine, strategy=strategy, corpus=self._passages)
+        if isinstance(strategy, Kamera):
+            self._llm.condition(self._prompt(item)[:-1], strategy=strategy)
+        if isinstance(strategy, RelayCaching):
+            for passage in item.passages:
+                if passage.source is not None and passage.token_ids:
+                    params = SamplingParams(temperature=0, max_tokens=len(passage.token_ids))
+                    self._llm.relay(passage.source, params)
 
     def measure(self, item: Item, method: str) -> Reading:
         """One reading.
@@ -101,6 +115,7 @@ class EngineInstrument:
         if isinstance(strategy, Oracle):
             about["oracle"] = self._deviations(item, reference)
         params = SamplingParams(reuse=strategy, extra_args=about)
+        self._provide(item, strategy)
         with self._open(item, method, params) as branch:
             assert branch.token_ids == reference.ids
             report = branch.reuse

@@ -28,7 +28,6 @@ METHODS = (
     Method("prefix", "prefix cache"),
     Method("naive_no_rotation", "naive, positions wrong"),
     Method("naive", "naive, re-rotated"),
-    Method("block_mask", "block mask"),
     Method("random:ratio=0.05", "random 5 %"),
     Method("random:ratio=0.15", "random 15 %"),
     Method("random:ratio=0.3", "random 30 %"),

@@ -21,7 +21,7 @@ from kvjax.benchmarks import manifest, prompts
 from kvjax.benchmarks.results import write_json
 
 METHODS = (
-    "naive", "epic:k=0", "epic:k=16", "random:ratio=0.15", "fusionrag:ratio=0.15",
+    "naive", "epic:k=16", "random:ratio=0.15", "fusionrag:ratio=0.15",
     "cachetune:ratio=0.15", "kvshare:ratio=0.15", "cacheclip:ratio=0.15", "cacheblend:ratio=0.15",
 )  # fmt: skip
 Document = tuple[int, ...]

@@ -13,7 +13,7 @@ HEADINGS = (
     "KVdev mid layer", "recomputed layer-tokens (%)", "stored bytes/token",
     "gold answer, Δlogp", "copied tokens", "prefill (ms)",
 )  # fmt: skip
-CONTROLS = ("full", "prefix", "naive_no_rotation", "naive", "block_mask", "random", "oracle")
+CONTROLS = ("full", "prefix", "naive_no_rotation", "naive", "random", "oracle")
 EQUAL_BUDGET = 0.1  # shares of layer-tokens that may lie between a method and its random control
 
 

@@ -78,19 +78,21 @@ class ChunkLibrary:
         documents: Documents,
         *,
         strategy: Any = None,
+        corpus: Sequence[str | Chunk] | None = None,
         cache_salt: str | None = None,
         progress: bool = False,
     ) -> tuple[PutChunk, ...]:
-        """Encodes documents, each behind the context that the strategy wants for it among them.
+        """Encodes documents, each behind the context that the strategy wants for it.
 
-        `strategy` is a spec or a `Strategy`; the engine's own if it is None. Text is tokenised as a
-        `Chunk` of it is. All documents are checked before any is encoded.
+        That context is made from `corpus`, the documents themselves if it is None. `strategy` is a
+        spec or a `Strategy`; the engine's own if it is None. Text is tokenised as a `Chunk` of it
+        is. All documents are checked before any is encoded.
 
         Raises:
           ValueError: a document is empty, or has ids outside the vocabulary.
           PromptTooLong: one does not fit the context, together with what it is to stand behind.
         """
-        jobs = waiting = self.begin(documents, strategy, cache_salt)
+        jobs = waiting = self.begin(documents, strategy, cache_salt, corpus)
         with encoding_bar(progress, len(jobs)) as encoded:
             while waiting:
                 still = self.unfinished(waiting)
@@ -101,18 +103,22 @@ class ChunkLibrary:
         return self.outcome(jobs)
 
     def begin(
-        self, documents: Documents, strategy: Any = None, cache_salt: str | None = None
-    ) -> Sequence[_Job]:
+        self, documents: Documents, strategy: Any = None, cache_salt: str | None = None,
+        corpus: Sequence[str | Chunk] | None = None,
+    ) -> Sequence[_Job]:  # fmt: skip
         """Queues what `put` encodes; the engine's steps do it. Raises as `put` does."""
         parts = [documents] if isinstance(documents, str | Chunk) else list(documents)
         chosen = self._intake.reuse if strategy is None else parse(strategy)
-        corpus = [self._ids(part if isinstance(part, Chunk) else Chunk(part)) for part in parts]
-        contexts = [tuple(chosen.enrich(tokens, corpus)) for tokens in corpus]
+        documents_ids, corpus_ids = (
+            [self._ids(part if isinstance(part, Chunk) else Chunk(part)) for part in some]
+            for some in (parts, parts if corpus is None else corpus)
+        )
+        contexts = [tuple(chosen.enrich(tokens, corpus_ids)) for tokens in documents_ids]
         chunks = self._engine.chunks
-        for tokens, context in zip(corpus, contexts, strict=True):
+        for tokens, context in zip(documents_ids, contexts, strict=True):
             chunks.check(tokens, context)
         jobs = []
-        for tokens, context in zip(corpus, contexts, strict=True):
+        for tokens, context in zip(documents_ids, contexts, strict=True):
             chunks.put(tokens, context, cache_salt, chosen)
             key = VariantKey(cache_salt, tokens_hash(tokens), context_hash(context))
             jobs.append(_Job(key, len(tokens)))

@@ -13,7 +13,7 @@ from kvjax.cache.chunks import Variant, VariantKey, tokens_hash
 from kvjax.errors import KVJaxError
 from kvjax.reuse.forward import StagedShape, rung, shape_of
 from kvjax.reuse.pack import MoveShape
-from kvjax.reuse.pieces import PIECE_SIZES
+from kvjax.reuse.padding import PIECE_SIZES
 from kvjax.reuse.plan import StagedPlan
 from kvjax.reuse.read import ReadShape
 from kvjax.reuse.strategy import Hit, ModelFacts, Prompt, Segment, Strategy
@@ -39,7 +39,7 @@ def reuse_programs(strategy: Strategy, facts: ModelFacts, max_model_len: int) ->
     return tuple(shapes)
 
 
-def smallest_holding(shapes: Iterable[Shape], wanted: StagedShape) -> StagedShape | None:
+def smallest_holding(shapes: Iterable[object], wanted: StagedShape) -> StagedShape | None:
     """The program that computes least among those which can run what `wanted` was made for."""
     fits = [s for s in shapes if isinstance(s, StagedShape) and _holds(s, wanted)]
     return min(fits, key=_cost, default=None)

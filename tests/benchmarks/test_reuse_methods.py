@@ -5,7 +5,7 @@ import pytest
 from kvjax.benchmarks import reuse_claims, reuse_methods
 from kvjax.reuse import STRATEGIES, parse
 
-CONTROLS = {"full", "block_mask"}  # no strategies
+CONTROLS = {"full"}  # no strategy
 MISSING = {"tablecache", "hcache"}  # in the table, and not built
 
 
