@@ -18,12 +18,13 @@ from kvjax.benchmarks import divergence
 from kvjax.benchmarks.corpora import Corpus, Generation, Item, Passage, solves
 from kvjax.benchmarks.reuse_reading import Reading
 from kvjax.branch import Branch
-from kvjax.cache.chunks import tokens_hash
+from kvjax.cache.chunks import VariantKey, tokens_hash
 from kvjax.llm import LLM
 from kvjax.readout import LayerKV
 from kvjax.request import Chunk, SamplingParams
 from kvjax.reuse import STRATEGIES, PrefixOnly, Strategy, parse
 from kvjax.reuse.controls import Oracle
+from kvjax.reuse.kamera import Kamera
 from kvjax.reuse.strategy import Prompt, Segment
 
 ANSWER_TOKENS = (8, 16)  # least and most of a greedy answer
@@ -90,6 +91,8 @@ class EngineInstrument:
         reference = self._reference_of(item)
         if isinstance(strategy, Oracle):
             params = SamplingParams(extra_args={"oracle": self._deviations(item, reference)})
+        if isinstance(strategy, Kamera):  # of the passages; no patch depends on the question
+            self._llm.condition(self._prompt(item), strategy=strategy)
         params = dataclasses.replace(params, reuse=strategy)
         with self._open(item, method, params) as branch:
             assert branch.token_ids == reference.ids
@@ -196,6 +199,11 @@ class EngineInstrument:
         arrays = [
             a.nbytes for v in found.values() for a in (*v.scores.values(), *v.arrays.values())
         ]
+        if isinstance(strategy, Kamera):
+            for number, segment in enumerate(segments):
+                variant = chunks.store.get(VariantKey(None, segment.chunk, ""))
+                patch = None if variant is None else strategy.patch_of(variant, prompt, number)
+                arrays.append(0 if patch is None else patch.num_bytes)
         return chunks.facts.kv_token_bytes + sum(arrays) / tokens if tokens else 0.0
 
     def _time(self, item: Item, method: str, params: SamplingParams) -> float:

@@ -17,6 +17,7 @@ from kvjax.cache.chunks import ChunkStats, ChunkStore, Variant, VariantKey, toke
 from kvjax.errors import PromptTooLong, UnknownChunk
 from kvjax.request import RequestMetrics, SamplingParams
 from kvjax.reuse.assemble import Assembly, assemble
+from kvjax.reuse.patches import Patches
 from kvjax.reuse.strategy import ModelFacts, Prompt, Segment, Strategy, Tokens, context_hash
 from kvjax.schedule import Scheduler
 from kvjax.sequence import Request
@@ -46,6 +47,8 @@ class Chunks:
     ) -> None:  # fmt: skip
         """`read(slots, shift)` gives the KV in these slots, keys turned by that many positions."""
         self.store, self.facts = store, facts
+        page_bytes = scheduler.pool.page_size * facts.kv_token_bytes
+        self.patches = Patches(store, store.capacity_pages * page_bytes)
         self._scheduler, self._discard = scheduler, discard
         self._max_model_len, self._read = max_model_len, read
         self._jobs: dict[VariantKey, _Job] = {}
@@ -192,6 +195,7 @@ class Chunks:
 
     def _store(self, variant: Variant, strategies: Sequence[Strategy]) -> None:
         if self.store.put(variant):
+            self.patches.attach(variant)
             for strategy in strategies:
                 strategy.annotate(variant, lambda: self._unrotated(variant))
 
@@ -228,9 +232,13 @@ class Chunks:
         request = sequence.request
         if request.strategy is None or sequence.num_prompt != len(request.prompt_ids):
             return None
-        return assemble(
+        assembly = assemble(
             request.strategy, self.prompt(request, sequence.num_prompt, exact), self.store
         )
+        for move in assembly.moves:
+            if move.patch is not None:
+                self.patches.use(move.variant, move.patch)
+        return assembly
 
     def forget(self) -> None:
         """The device lost every page: the store is empty, jobs start over with the others."""

@@ -24,6 +24,7 @@ from kvjax.config import EngineConfig
 from kvjax.decode import SampleOutput
 from kvjax.errors import GrammarFailed, KVJaxError, StepFailed
 from kvjax.models import Transformer
+from kvjax.models.tag import model_tag
 from kvjax.pallas_kernels import cascade_refusal
 from kvjax.readout import LayerKV
 from kvjax.recovery import Suspects
@@ -202,6 +203,7 @@ class Engine:
         except BaseException:  # an interrupt, or a bug: what was planned may not have been computed
             self._start_over()
             raise
+        self._fail_refused()
         touched |= {id(r): r for r in self._take_failed()}
         return list(touched.values())
 
@@ -338,6 +340,13 @@ class Engine:
         self.abort(request, "error")
         self._failed.append(request)
 
+    def _fail_refused(self) -> None:
+        """Ends the requests that their strategies refused while the step was planned."""
+        refused, self._refused = self._refused, []
+        for request, error in refused:
+            if not request.finished:
+                self._fail(request, error)
+
     def _take_failed(self) -> list[Request]:
         failed, self._failed = self._failed, []
         return failed
@@ -397,6 +406,7 @@ def _facts(model: Transformer, spec: KVSpec) -> ModelFacts:
         hidden_size=c.hidden_size,
         kv_token_bytes=spec.bytes(1),
         hidden_token_bytes=2 * c.hidden_size * c.num_layers,
+        tag=model_tag(model),
     )
 
 

@@ -141,8 +141,8 @@ def _lineage(strategy: Strategy, prompt: Prompt, moves: list[Move]) -> str:
     """What KV behind the first approximate token depends on, beside the tokens before it."""
     digest = hashlib.blake2b(strategy.spec.encode(), digest_size=16)
     for move in moves:
-        rank = None if move.patch is None else move.patch.rank
-        digest.update(repr((move.start, move.stop, move.shift, move.variant.key, rank)).encode())
+        patch = None if move.patch is None else (move.patch.rank, move.patch.origin)
+        digest.update(repr((move.start, move.stop, move.shift, move.variant.key, patch)).encode())
     if strategy.query_aware:
         digest.update(np.asarray(prompt.tokens, np.int64).tobytes())
     return digest.hexdigest()

@@ -82,14 +82,17 @@ def _patched(rows: tuple[np.ndarray, ...], patch: KVPatch) -> PackedMove:
         if array is None:
             return None
         rest = [(0, 0)] * array.ndim
-        rest[1] = (0, size - count)
+        rest[:2] = (patch.l0, 0), (0, size - count)
         return np.pad(array.astype(np.float32), rest)
 
     if patch.k_left is None:
         device = DevicePatch(over_tokens(patch.k), over_tokens(patch.v), None, None)  # type: ignore[arg-type]
         shape = MoveShape(size, (), patch.frame)
     else:
-        k, v = (None if x is None else x.astype(np.float32) for x in (patch.k, patch.v))
+        below = ((patch.l0, 0), *((0, 0),) * 3)
+        k, v = (
+            None if x is None else np.pad(x.astype(np.float32), below) for x in (patch.k, patch.v)
+        )
         device = DevicePatch(k, v, over_tokens(patch.k_left), over_tokens(patch.v_left))  # type: ignore[arg-type]
         shape = MoveShape(size, (patch.k_left.shape[2],), patch.frame)
     src, dst, shift = rows

@@ -137,7 +137,7 @@ def test_choosing_or_patching_every_chunk_token_is_a_full_prefill(feature):
     full = state(llm, None)
     report = assert_full_prefill(llm, EveryRow(), full)
     assert report.groups[-1].recomputed == len(A) + len(B)
-    patched = "kamera:rank=30"
+    patched = "kamera:rank=30,most=40"
     llm.condition(PROMPT, strategy=patched)
     report = assert_full_prefill(llm, patched, full)
     assert report.patched == len(A) + len(B)
