@@ -13,13 +13,14 @@ from kvjax.benchmarks.reuse_reading import Reading
 from kvjax.build import verdicts
 from kvjax.cli.options import add_engine, open_llm
 from kvjax.reuse import STRATEGIES, Strategy, parse
-from kvjax.reuse.gate import Verdict
+from kvjax.reuse.gate import Limits, Verdict
 
 HELP = "measure what reuse of KV costs a model, and let it serve"
 EPILOG = """\
 `check` compares each strategy with the model's own full prefill on prompts whose passages refer to
-one another, and keeps the verdicts in the cache folder. A strategy whose mean KL divergence is at
-most --max-reuse-loss may then serve this model with this KV type; others are refused.
+one another, and keeps the verdicts in the cache folder. A strategy may then serve this model with
+these types whose mean KL divergence is at most --max-reuse-loss and whose greedy answers are full
+prefill's, token by token, in a share of at least --min-reuse-agreement; others are refused.
 Exit status: 0 if all of them may, 1 if not.
 
 examples:
@@ -63,8 +64,9 @@ def run(args: argparse.Namespace) -> int:
     found = [verdict(instrument, corpus, strategy, readings) for strategy in chosen]
     for strategy, one in zip(chosen, found, strict=True):
         store.write(strategy, one)
-    Console().print(table(found, args.max_reuse_loss))
-    return int(any(one.loss > args.max_reuse_loss for one in found))
+    limits = Limits(args.max_reuse_loss, args.min_reuse_agreement)
+    Console().print(table(found, limits))
+    return int(any(one.complaint(limits) for one in found))
 
 
 def measure(
@@ -94,11 +96,14 @@ def verdict(
     losses = [reading.kl_answer for reading in readings[strategy.spec]]
     naive = [reading.kl_answer for reading in readings["naive"]]
     mean = intervals.mean(losses)
+    agreement = intervals.mean([reading.agreement for reading in readings[strategy.spec]])
     recovery = intervals.recovery(losses, naive).value if sum(naive) > 0 else None
     return Verdict(
         strategy=strategy.spec,
         loss=mean.value,
         loss_interval=(mean.low, mean.high),
+        agreement=agreement.value,
+        agreement_interval=(agreement.low, agreement.high),
         recovery=recovery,
         corpus=corpus.name,
         corpus_digest=corpus.digest,
@@ -107,14 +112,17 @@ def verdict(
     )
 
 
-def table(found: list[Verdict], max_loss: float) -> Table:
-    """Losses and what they mean for serving."""
-    shown = Table("strategy", "loss (nats/token)", "95 % interval", "recovery", "may serve")
+def table(found: list[Verdict], limits: Limits) -> Table:
+    """Losses, agreements and what they mean for serving."""
+    shown = Table("strategy", "loss (nats/token)", "recovery", "answers kept", "may serve")
     for one in found:
-        low, high = one.loss_interval
+        losses = f"{one.loss:.4f} ({one.loss_interval[0]:.4f}..{one.loss_interval[1]:.4f})"
+        low, high = one.agreement_interval
+        kept = f"{one.agreement:.1%} ({low:.1%}..{high:.1%})"
         recovery = "-" if one.recovery is None else f"{one.recovery:.1%}"
-        passes = "yes" if one.loss <= max_loss else f"no: above {max_loss:g}"
-        shown.add_row(one.strategy, f"{one.loss:.4f}", f"{low:.4f}..{high:.4f}", recovery, passes)
+        complaint = one.complaint(limits)
+        passes = "yes" if complaint is None else f"no: {complaint}"
+        shown.add_row(one.strategy, losses, recovery, kept, passes)
     return shown
 
 

@@ -13,7 +13,7 @@ from kvjax.config import cache_dir
 from kvjax.errors import ReuseRefused
 from kvjax.request import Chunk
 from kvjax.reuse import parse
-from kvjax.reuse.gate import Gate, Verdict, Verdicts
+from kvjax.reuse.gate import Gate, Limits, Verdict, Verdicts
 from tests.tiny_checkpoint import write_tiny_checkpoint
 
 EPIC = parse("epic:k=4")
@@ -21,15 +21,26 @@ MARKED = ["begin ", Chunk("the first chunk. "), Chunk("the second. "), "which?"]
 SIZES = {"dtype": "float32", "max_num_seqs": 2, "max_num_batched_tokens": 32}
 
 
-def verdict(loss: float) -> Verdict:
+def verdict(loss: float, agreement: float = 1.0) -> Verdict:
     return Verdict(
         strategy=EPIC.spec, loss=loss, loss_interval=(loss / 2, 2 * loss), recovery=0.5,
+        agreement=agreement, agreement_interval=(agreement / 2, agreement),
         corpus="binding", corpus_digest="d", items=3, about={"device": "cpu"},
     )  # fmt: skip
 
 
-def verdicts(folder: Path, fingerprint: str = "f" * 32, kv_dtype: str = "float32") -> Verdicts:
-    return Verdicts(folder, lambda: fingerprint, kv_dtype)
+def verdicts(
+    folder: Path,
+    fingerprint: str = "f" * 32,
+    dtype: str = "float32",
+    kv_dtype: str = "float32",
+    length: int | None = None,
+) -> Verdicts:
+    return Verdicts(folder, lambda: fingerprint, dtype, kv_dtype, length)
+
+
+def limits(max_loss: float, min_agreement: float = 0.9) -> Limits:
+    return Limits(max_loss, min_agreement)
 
 
 def test_a_verdict_is_read_back_as_it_was_written(tmp_path):
@@ -43,41 +54,59 @@ def test_a_verdict_is_read_back_as_it_was_written(tmp_path):
 
 def test_what_was_not_measured_is_refused_and_the_message_says_how_to_measure(tmp_path):
     with pytest.raises(ReuseRefused, match=r"not measured.*kvjax reuse check MODEL --reuse epic:k"):
-        Gate(verdicts(tmp_path), 0.1).check(EPIC)
+        Gate(verdicts(tmp_path), limits(0.1)).check(EPIC)
 
 
 def test_a_loss_above_the_limit_is_refused_with_both_numbers_and_one_at_the_limit_serves(tmp_path):
     store = verdicts(tmp_path)
     store.write(EPIC, verdict(0.04))
     with pytest.raises(ReuseRefused, match=r"loses 0\.0400 nats .* max_reuse_loss=0\.039"):
-        Gate(store, 0.039).check(EPIC)
-    gate = Gate(store, 0.04)
+        Gate(store, limits(0.039)).check(EPIC)
+    gate = Gate(store, limits(0.04))
     gate.check(EPIC)
     assert gate.loss(EPIC) == 0.04
+
+
+def test_a_small_loss_does_not_excuse_lost_answers(tmp_path):
+    store = verdicts(tmp_path)
+    store.write(EPIC, verdict(0.01, agreement=0.17))
+    with pytest.raises(ReuseRefused, match=r"17\.0% of full prefill.* min_reuse_agreement=0\.18"):
+        Gate(store, limits(0.1, 0.18)).check(EPIC)
+    Gate(store, limits(0.1, 0.17)).check(EPIC)
+
+
+def test_what_breaks_both_limits_is_told_both(tmp_path):
+    store = verdicts(tmp_path)
+    store.write(EPIC, verdict(0.2, agreement=0.5))
+    both = r"binding, 3 items.* loses 0\.2000 .*max_reuse_loss=0\.1, and gives 50\.0% .*=0\.9"
+    with pytest.raises(ReuseRefused, match=both):
+        Gate(store, limits(0.1)).check(EPIC)
 
 
 @pytest.mark.parametrize(
     "other",
     [
         {"fingerprint": "e" * 32},
+        {"dtype": "int8"},
         {"kv_dtype": "int8"},
+        {"length": 4096},
         {"strategy": parse("epic:k=5")},
         {"strategy": parse("naive")},
     ],
     ids=str,
 )
-def test_a_verdict_is_about_one_model_kv_type_and_strategy_with_its_options(tmp_path, other):
+def test_a_verdict_is_about_one_model_its_types_and_a_strategy_with_its_options(tmp_path, other):
     verdicts(tmp_path).write(EPIC, verdict(0.0))
     strategy = other.pop("strategy", EPIC)
     with pytest.raises(ReuseRefused, match="not measured"):
-        Gate(verdicts(tmp_path, **other), 0.1).check(strategy)
+        Gate(verdicts(tmp_path, **other), limits(0.1)).check(strategy)
 
 
 def test_exact_reuse_is_let_through_without_a_look_at_the_weights():
     def unread() -> str:
         raise AssertionError("the fingerprint reads the weights")
 
-    gate = Gate(Verdicts(Path("nowhere"), unread, "float32"), 0.0)
+    gate = Gate(Verdicts(Path("nowhere"), unread, "float32", "float32"), limits(0.0))
     gate.check(parse(None))
     assert gate.loss(parse(None)) is None
 
@@ -88,16 +117,22 @@ def test_a_damaged_verdict_is_refused_and_can_be_forced_or_measured_again(tmp_pa
     path = store.write(EPIC, verdict(0.0))
     path.write_text(text)
     with pytest.raises(ReuseRefused, match="is no verdict"):
-        Gate(store, 0.1).check(EPIC)
-    Gate(store, 0.1, forced=True).check(EPIC)
+        Gate(store, limits(0.1)).check(EPIC)
+    Gate(store, limits(0.1), forced=True).check(EPIC)
     store.write(EPIC, verdict(0.0))
-    Gate(store, 0.1).check(EPIC)
+    Gate(store, limits(0.1)).check(EPIC)
 
 
 @pytest.mark.parametrize("loss", [-1.0, float("nan"), float("inf")])
 def test_what_is_no_loss_makes_no_verdict(loss):
     with pytest.raises(ValueError, match="a loss must be finite"):
         verdict(loss)
+
+
+@pytest.mark.parametrize("agreement", [-0.1, 1.1, float("nan")])
+def test_what_is_no_share_makes_no_verdict(agreement):
+    with pytest.raises(ValueError, match=r"an agreement must be in \[0, 1\]"):
+        verdict(0.0, agreement)
 
 
 @pytest.fixture(scope="module")
@@ -151,18 +186,25 @@ def test_check_measures_keeps_its_verdict_and_says_by_its_status_who_may_serve(
 ):
     words = ["reuse", "check", str(model), "--reuse", "epic:k=4", "--items", "2", "-q",
              "--dtype", "float32", "--max-num-seqs", "2"]  # fmt: skip
-    assert main([*words, "--max-reuse-loss", "1000"]) == 0
+    assert main([*words, "--max-reuse-loss", "1000", "--min-reuse-agreement", "0"]) == 0
     assert "yes" in capsys.readouterr().out
     (path,) = (cache / "reuse").rglob("*.json")
     kept = json.loads(path.read_text())
     assert (kept["strategy"], kept["corpus"], kept["items"]) == ("epic:k=4", "binding", 2)
     assert kept["loss_interval"][0] <= kept["loss"] <= kept["loss_interval"][1]
     assert kept["loss"] > 0
-    llm = LLM(model, max_reuse_loss=kept["loss"], **SIZES)
+    low, high = kept["agreement_interval"]
+    assert 0 <= low <= kept["agreement"] <= high < 1
+    most, least = kept["loss"], kept["agreement"]
+    llm = LLM(model, max_reuse_loss=most, min_reuse_agreement=least, **SIZES)
     llm.generate([MARKED], SamplingParams(reuse="epic:k=4", max_tokens=2))
-    stricter = LLM(model, max_reuse_loss=kept["loss"] / 2, **SIZES)
-    with pytest.raises(ReuseRefused, match=r"loses \d"):
-        stricter.generate([MARKED], SamplingParams(reuse="epic:k=4", max_tokens=2))
+    for stricter, says in (
+        ({"max_reuse_loss": most / 2, "min_reuse_agreement": least}, r"loses \d"),
+        ({"max_reuse_loss": most, "min_reuse_agreement": 1.0}, "of full prefill's answers"),
+    ):
+        llm = LLM(model, **stricter, **SIZES)
+        with pytest.raises(ReuseRefused, match=says):
+            llm.generate([MARKED], SamplingParams(reuse="epic:k=4", max_tokens=2))
 
 
 def test_check_refuses_what_there_is_nothing_to_measure_of(model, cache, capsys):
