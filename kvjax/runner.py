@@ -27,6 +27,7 @@ from kvjax.decode import (
     seat_features,
     stage_arguments,
 )
+from kvjax.ladder import ladder
 from kvjax.models import ModelConfig, Transformer
 from kvjax.prefix_groups import CascadeRule, PrefixGroups
 from kvjax.programs import SideKey, side_program
@@ -43,7 +44,6 @@ from kvjax.step_plan import Limits, Portion, StepPlan
 ProgramKey = Bucket | SideKey | str
 
 _BESIDE = ("copy_pages", "load_seat", "load_masks")  # programs beside the step
-_SMALLEST = 16  # tokens of the smallest mixed program
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -428,32 +428,6 @@ def _cascade_rule(config: ModelConfig, spec: KVSpec) -> CascadeRule | None:
     v_width = config.latent.kv_lora_rank if config.latent else group.v_width
     state = 4 * config.num_heads * (v_width + 1)
     return CascadeRule(spec.page_size, spec.layer_bytes(group), state)
-
-
-def ladder(limits: Limits, cascade: bool = False) -> tuple[Bucket, ...]:
-    """The programs of an engine: decode by sequences, mixed by tokens, one to score prompts.
-
-    With `cascade`, decode programs of two sequences or more have a twin for shared prefixes.
-
-    Powers of two up to the limits, which are themselves the last rungs: nothing is ever padded
-    beyond the step's budget.
-    """
-    seqs = limits.max_num_seqs
-    decode = [Bucket(n, n, n, True) for n in _rungs(1, seqs)]
-    first = min(_SMALLEST, limits.max_num_batched_tokens)
-    mixed = [Bucket(n, seqs, seqs, False) for n in _rungs(first, limits.max_num_batched_tokens)]
-    scored = limits.max_scored_tokens
-    score = [Bucket(scored, seqs, scored, False)] if scored > seqs else []
-    twins = [dataclasses.replace(b, cascade=True) for b in decode if cascade and b.seqs > 1]
-    return (*sorted([*decode, *mixed, *score]), *twins)
-
-
-def _rungs(first: int, last: int) -> list[int]:
-    rungs = []
-    while first < last:
-        rungs.append(first)
-        first *= 2
-    return [*rungs, last]
 
 
 def _lower_bounds(hi: np.ndarray, window: int | None) -> Any:

@@ -19,7 +19,8 @@ from kvjax.cache.pool import PagePool
 from kvjax.decode import SampleOutput
 from kvjax.engine import Engine
 from kvjax.intake import Intake
-from kvjax.runner import Dispatched, Runner, _rows, ladder
+from kvjax.ladder import ladder
+from kvjax.runner import Dispatched, Runner, _rows
 from kvjax.sequence import Request, Sequence, Status
 from kvjax.step_plan import Limits, StepPlan
 from tests.tiny_model import LetterTokenizer

@@ -9,10 +9,11 @@ import pytest
 from kvjax.cache.pages import KVGroup, KVSpec
 from kvjax.engine import Engine
 from kvjax.intake import Intake
+from kvjax.ladder import ladder
 from kvjax.pallas_kernels import OPERATIONS
 from kvjax.prefix_groups import CascadeRule
 from kvjax.request import SamplingParams
-from kvjax.runner import _BESIDE, ladder
+from kvjax.runner import _BESIDE
 from kvjax.step import Bucket, StepLayout
 from kvjax.step_plan import Limits
 from tests.test_engine_exactness import cold, serve
