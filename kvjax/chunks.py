@@ -9,7 +9,7 @@ Only the thread that owns the engine may call this.
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -145,11 +145,12 @@ class Chunks:
         self._scheduler.add(request.sequences[0])
         return key
 
-    def keep_output(self, sequence: Branch) -> int:
+    def keep_output(self, sequence: Branch, arrays: Mapping[str, np.ndarray] | None = None) -> int:
         """Stores what a parked sequence has generated as a chunk, with the KV that decoding wrote;
         how many variants: an output that ends in an end token is one also without it.
 
         The output of an approximate prompt is another variant than that of the exact one.
+        `arrays` of one row per output token are kept with it.
         """
         output, start = sequence.output_ids, sequence.num_prompt
         assembly, salt = sequence.assembly, sequence.request.params.cache_salt
@@ -173,6 +174,7 @@ class Chunks:
                 context_ids=context,
                 tail=tokens[count:],
                 facts={"born": "decode"},
+                arrays={name: rows[:count] for name, rows in (arrays or {}).items()},
             )
             stored += self.store.put(variant)
         return stored

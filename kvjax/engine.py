@@ -26,9 +26,10 @@ from kvjax.errors import GrammarFailed, KVJaxError, StepFailed
 from kvjax.models import Transformer
 from kvjax.models.tag import model_tag
 from kvjax.pallas_kernels import cascade_refusal
-from kvjax.readout import LayerKV
+from kvjax.readout import LayerKV, row_arguments
 from kvjax.recovery import Suspects
 from kvjax.request import FinishReason, Logprob, PositionLogprobs
+from kvjax.reuse.entering import EnteringShape
 from kvjax.reuse.pack import stage_rows
 from kvjax.reuse.report import Fate, staged_report
 from kvjax.reuse.strategy import ModelFacts
@@ -153,6 +154,22 @@ class Engine:
             except BaseException:  # the program consumes the pages
                 self._start_over()
                 raise
+
+    def entering(self, sequence: Sequence, start: int, stop: int, layer: int) -> np.ndarray:
+        """What enters `layer` at tokens `[start, stop)` of a parked sequence: f32[tokens, hidden].
+
+        Runs the layers below it over the sequence's KV, which stays as it is.
+        """
+        pages_per_seq = -(-self.limits.max_model_len // self.spec.page_size)
+        rows, arguments = row_arguments(
+            sequence.tokens[start:stop], start, sequence.page_ids, pages_per_seq
+        )
+        try:
+            hidden = self.runner.beside(EnteringShape(rows, layer), *arguments)
+        except BaseException:  # the program consumes the pages
+            self._start_over()
+            raise
+        return hidden[: stop - start]
 
     def read(self, sequence: Sequence) -> tuple[LayerKV, ...]:
         """KV of a parked sequence's tokens, by layer: as stored, in float32."""

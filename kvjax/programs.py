@@ -10,12 +10,13 @@ import numpy as np
 
 from kvjax.cache.pages import KVSpec
 from kvjax.readout import ScoreShape, run_rows
+from kvjax.reuse.entering import EnteringShape, entering
 from kvjax.reuse.forward import StagedShape, run_staged
 from kvjax.reuse.move import move_chunks
 from kvjax.reuse.pack import MoveShape, empty_batch, empty_move
 from kvjax.reuse.read import ReadShape, read_slots
 
-SideKey = MoveShape | StagedShape | ReadShape | ScoreShape
+SideKey = MoveShape | StagedShape | ReadShape | ScoreShape | EnteringShape
 
 
 class SideProgram(NamedTuple):
@@ -42,6 +43,10 @@ def side_program(key: SideKey, spec: KVSpec, num_layers: int, pages_per_seq: int
     def score(model, pages, *arrays):
         return run_rows(model, pages, spec, *arrays)
 
+    def enter(model, pages, *arrays):
+        assert isinstance(key, EnteringShape)
+        return entering(model, pages, spec, key.layer, *arrays)
+
     match key:
         case MoveShape():
             return SideProgram(move, empty_move(key, num_layers, spec), True)
@@ -49,7 +54,8 @@ def side_program(key: SideKey, spec: KVSpec, num_layers: int, pages_per_seq: int
             return SideProgram(staged, (empty_batch(key, pages_per_seq),), True)
         case ReadShape():
             return SideProgram(read, (np.zeros(key.tokens, np.int32),) * 2, False)
-        case ScoreShape():
+        case ScoreShape() | EnteringShape():
             table, number = np.zeros((1, pages_per_seq), np.int32), np.zeros((), np.int32)
             arguments = (np.zeros(key.rows, np.int32), number, number, table)
-            return SideProgram(score, arguments, True)
+            run = score if isinstance(key, ScoreShape) else enter
+            return SideProgram(run, arguments, True)

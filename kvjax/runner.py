@@ -254,6 +254,11 @@ class Runner:
         )
         return np.asarray(logits)[: len(tokens)]
 
+    def beside(self, key: SideKey, *arguments: Any) -> np.ndarray:
+        """Runs a program that gives the pages back and one array, which is waited for."""
+        self.pages, result = self._program(key)(self._weights, self.pages, *arguments)
+        return np.asarray(result)
+
     def _prepare(self, plan: StepPlan) -> None:
         """What comes before the step's tokens."""
         if plan.copies:

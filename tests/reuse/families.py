@@ -1,5 +1,6 @@
 """Small engines over the tiny models of `tests/models/golden`, one per feature of positions."""
 
+import dataclasses
 import functools
 import sys
 import time
@@ -13,9 +14,9 @@ from kvjax.build import Built, enable_compilation_cache
 from kvjax.config import EngineConfig
 from kvjax.engine import Engine
 from kvjax.intake import Intake
-from kvjax.models import Transformer, kv_spec, load_model, model_config
+from kvjax.models import Transformer, kv_spec, load_model, model_config, random_tensors
 from tests.models.golden_cases import load_family
-from tests.tiny_model import LetterTokenizer
+from tests.tiny_model import CONFIG, LetterTokenizer
 
 # What could make a stored key wrong at another position, and a tiny model that has it.
 FEATURES = {
@@ -63,16 +64,31 @@ def model_with(feature: str) -> Transformer:
 @functools.lru_cache(maxsize=1)
 def llm_with(feature: str) -> Any:
     """An `LLM` over it, shared by a feature's tests."""
+    return _llm(model_with(feature), SmallTokenizer())
+
+
+@functools.cache
+def deep_model() -> Transformer:
+    """The tiny model with a third layer."""
+    config = dataclasses.replace(CONFIG, num_layers=3)
+    weights = random_tensors(config, seed=1)
+    return load_model(config, weights, dtype="float32", num_positions=POSITIONS, deterministic=True)
+
+
+def deep_llm() -> Any:
+    """An `LLM` over it."""
+    return _llm(deep_model(), LetterTokenizer())
+
+
+def _llm(model: Transformer, tokenizer: Any) -> Any:
     enable_compilation_cache()
-    model = model_with(feature)
     config = EngineConfig(
         dtype="float32", page_size=16, max_model_len=POSITIONS, max_num_seqs=2,
         max_num_batched_tokens=128, deterministic=True, seed=0,
     )  # fmt: skip
-    spec, tokenizer = kv_spec(model.config, "float32", 16), SmallTokenizer()
-    engine = Engine(model, spec, 64, config, POSITIONS)
+    engine = Engine(model, kv_spec(model.config, "float32", 16), 64, config, POSITIONS)
     intake = Intake(
-        tokenizer, vocab_size=64, end_token_ids=(0,), max_model_len=POSITIONS,
+        tokenizer, vocab_size=tokenizer.vocab_size, end_token_ids=(0,), max_model_len=POSITIONS,
         max_prompt_tokens=1024, seed=0, clock=time.monotonic,
     )  # fmt: skip
     built = Built(engine, intake, None, model.config, tokenizer)  # type: ignore[arg-type]
