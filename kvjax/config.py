@@ -49,7 +49,7 @@ class EngineConfig:
     eviction_policy: str = "lru"
     reuse: Any = None  # spec or `kvjax.reuse.Strategy` for prompts with chunks; None: exact only
     max_reuse_loss: float = 0.1  # nats per token that approximate reuse may cost (`reuse check`)
-    min_reuse_agreement: float = 0.9  # share of full prefill's answers that it has to give
+    min_reuse_agreement: float = 0.8  # share of full prefill's right answers that it has to keep
     force_reuse: bool = False  # also where it was measured to cost more, or not measured at all
     chunk_cache_share: float = 0.5  # of the KV pages, that stored chunks may take at most
     deterministic: bool = False  # one row of float32 costs as much as two, and bits stop depending

@@ -19,8 +19,9 @@ HELP = "measure what reuse of KV costs a model, and let it serve"
 EPILOG = """\
 `check` compares each strategy with the model's own full prefill on prompts whose passages refer to
 one another, and keeps the verdicts in the cache folder. A strategy may then serve this model with
-these types whose mean KL divergence is at most --max-reuse-loss and whose greedy answers are full
-prefill's, token by token, in a share of at least --min-reuse-agreement; others are refused.
+these types whose mean KL divergence is at most --max-reuse-loss and that gets at least a share of
+--min-reuse-agreement of the answers right that full prefill gets right; others are refused. (Where
+full prefill has fewer than four right, tokens of its answers are counted instead.)
 Exit status: 0 if all of them may, 1 if not.
 
 examples:
@@ -29,6 +30,7 @@ examples:
 """
 
 CORPUS, ITEMS = "binding", 16
+_LEAST_RIGHT = 4  # right answers of full prefill, for their share to mean anything
 _CONTROLS = ("naive_no_rotation", "random", "oracle")  # to compare with, not to serve by
 
 
@@ -72,8 +74,9 @@ def run(args: argparse.Namespace) -> int:
 def measure(
     instrument: EngineInstrument, corpus: Corpus, chosen: list[Strategy], items: int, *, quiet: bool
 ) -> dict[str, list[Reading]]:
-    """Readings of each strategy, and of naive reuse, over the first `items` of a corpus."""
-    specs = list(dict.fromkeys(["naive", *(strategy.spec for strategy in chosen)]))
+    """Readings of each strategy, of full prefill and of naive reuse, over the first `items` of a
+    corpus."""
+    specs = list(dict.fromkeys(["full", "naive", *(strategy.spec for strategy in chosen)]))
     instrument.begin(corpus, specs)
     readings: dict[str, list[Reading]] = {spec: [] for spec in specs}
     progress = Console(stderr=True)
@@ -92,11 +95,12 @@ def verdict(
     strategy: Strategy,
     readings: dict[str, list[Reading]],
 ) -> Verdict:
-    """The verdict that readings of a strategy and of "naive" make."""
+    """The verdict that readings of a strategy, of "full" and of "naive" make."""
     losses = [reading.kl_answer for reading in readings[strategy.spec]]
     naive = [reading.kl_answer for reading in readings["naive"]]
     mean = intervals.mean(losses)
-    agreement = intervals.mean([reading.agreement for reading in readings[strategy.spec]])
+    kept, counted = agreements(readings["full"], readings[strategy.spec])
+    agreement = intervals.mean(kept)
     recovery = intervals.recovery(losses, naive).value if sum(naive) > 0 else None
     return Verdict(
         strategy=strategy.spec,
@@ -104,12 +108,22 @@ def verdict(
         loss_interval=(mean.low, mean.high),
         agreement=agreement.value,
         agreement_interval=(agreement.low, agreement.high),
+        agreement_of=counted,
         recovery=recovery,
         corpus=corpus.name,
         corpus_digest=corpus.digest,
         items=len(losses),
         about=dict(instrument.about()),
     )
+
+
+def agreements(full: list[Reading], other: list[Reading]) -> tuple[list[float], str]:
+    """For each answer that full prefill has right whether `other` has it too, and what that is
+    called; where there are too few, shares of the tokens of all answers."""
+    right = [float(bool(b.solved)) for a, b in zip(full, other, strict=True) if a.solved]
+    if len(right) >= _LEAST_RIGHT:
+        return right, f"{len(right)} right answers"
+    return [reading.agreement for reading in other], f"{len(other)} answers, by token"
 
 
 def table(found: list[Verdict], limits: Limits) -> Table:

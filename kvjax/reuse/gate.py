@@ -28,8 +28,9 @@ class Verdict:
     strategy: str  # its spec
     loss: float  # mean KL(full prefill || reuse) over greedy answers, nats per token
     loss_interval: tuple[float, float]
-    agreement: float  # share of full prefill's greedy answers that reuse gives in the same places
+    agreement: float  # share of full prefill's greedy answers that reuse gives too
     agreement_interval: tuple[float, float]
+    agreement_of: str  # what was counted, such as "21 right answers"
     recovery: float | None  # 1 - loss / the loss of naive reuse; None if that is zero
     corpus: str
     corpus_digest: str
@@ -53,7 +54,7 @@ class Verdict:
             )
         if self.agreement < limits.min_agreement:
             found.append(
-                f"gives {self.agreement:.1%} of full prefill's answers; "
+                f"keeps {self.agreement:.1%} of full prefill's {self.agreement_of}; "
                 f"min_reuse_agreement={limits.min_agreement:g}"
             )
         return ", and ".join(found) or None

@@ -6,9 +6,11 @@ from pathlib import Path
 import pytest
 
 from kvjax import LLM, SamplingParams
+from kvjax.benchmarks.reuse_reading import Reading
 from kvjax.build import enable_compilation_cache
 from kvjax.build import verdicts as verdicts_of
 from kvjax.cli import main
+from kvjax.cli.reuse import agreements
 from kvjax.config import cache_dir
 from kvjax.errors import ReuseRefused
 from kvjax.request import Chunk
@@ -25,6 +27,7 @@ def verdict(loss: float, agreement: float = 1.0) -> Verdict:
     return Verdict(
         strategy=EPIC.spec, loss=loss, loss_interval=(loss / 2, 2 * loss), recovery=0.5,
         agreement=agreement, agreement_interval=(agreement / 2, agreement),
+        agreement_of="3 right answers",
         corpus="binding", corpus_digest="d", items=3, about={"device": "cpu"},
     )  # fmt: skip
 
@@ -70,15 +73,31 @@ def test_a_loss_above_the_limit_is_refused_with_both_numbers_and_one_at_the_limi
 def test_a_small_loss_does_not_excuse_lost_answers(tmp_path):
     store = verdicts(tmp_path)
     store.write(EPIC, verdict(0.01, agreement=0.17))
-    with pytest.raises(ReuseRefused, match=r"17\.0% of full prefill.* min_reuse_agreement=0\.18"):
+    with pytest.raises(ReuseRefused, match=r"keeps 17\.0% of .*3 right answers.*agreement=0\.18"):
         Gate(store, limits(0.1, 0.18)).check(EPIC)
     Gate(store, limits(0.1, 0.17)).check(EPIC)
+
+
+def reading(solved: bool | None, agreement: float) -> Reading:
+    return Reading(
+        kl_1=0.1, kl_answer=0.1, top1=True, agreement=agreement, solved=solved, gold_logprob=None,
+        kv_deviation=(0.1,), computed_layer_tokens=1, total_layer_tokens=2, copied_tokens=1,
+        stored_bytes_per_token=1.0, prefill_s=0.1,
+    )  # fmt: skip
+
+
+def test_agreement_is_of_the_answers_that_full_prefill_has_right():
+    full = [reading(solved, 1.0) for solved in (True, True, False, True, True)]
+    other = [reading(solved, 0.25) for solved in (True, False, True, True, False)]
+    assert agreements(full, other) == ([1.0, 0.0, 1.0, 0.0], "4 right answers")
+    few = [reading(solved, 1.0) for solved in (True, True, False, True, None)]
+    assert agreements(few, other) == ([0.25] * 5, "5 answers, by token")
 
 
 def test_what_breaks_both_limits_is_told_both(tmp_path):
     store = verdicts(tmp_path)
     store.write(EPIC, verdict(0.2, agreement=0.5))
-    both = r"binding, 3 items.* loses 0\.2000 .*max_reuse_loss=0\.1, and gives 50\.0% .*=0\.9"
+    both = r"binding, 3 items.* loses 0\.2000 .*max_reuse_loss=0\.1, and keeps 50\.0% .*=0\.9"
     with pytest.raises(ReuseRefused, match=both):
         Gate(store, limits(0.1)).check(EPIC)
 
@@ -200,7 +219,10 @@ def test_check_measures_keeps_its_verdict_and_says_by_its_status_who_may_serve(
     llm.generate([MARKED], SamplingParams(reuse="epic:k=4", max_tokens=2))
     for stricter, says in (
         ({"max_reuse_loss": most / 2, "min_reuse_agreement": least}, r"loses \d"),
-        ({"max_reuse_loss": most, "min_reuse_agreement": 1.0}, "of full prefill's answers"),
+        (
+            {"max_reuse_loss": most, "min_reuse_agreement": 1.0},
+            "of full prefill's 2 answers, by token",
+        ),
     ):
         llm = LLM(model, **stricter, **SIZES)
         with pytest.raises(ReuseRefused, match=says):
