@@ -106,7 +106,10 @@ class Engine:
 
     def _assemble(self, sequence: Sequence, exact: int) -> Assembled | None:
         try:
-            return self.chunks.assemble(sequence, exact)
+            assembly = self.chunks.assemble(sequence, exact)
+            if assembly is not None:
+                self.chunks.store.hold(sequence, (move.variant for move in assembly.moves))
+            return assembly
         except (KVJaxError, ValueError) as error:  # of the strategy; others must not suffer
             failure = error if isinstance(error, KVJaxError) else KVJaxError(str(error))
             self._refused.append((sequence.request, failure))
@@ -316,6 +319,7 @@ class Engine:
     def _finish(self, sequence: Sequence, reason: FinishReason) -> None:
         sequence.finish_reason = reason
         self.scheduler.finish(sequence)
+        self.chunks.store.let_go(sequence)
         if self._in_flight is not None:
             self._ended.add(sequence)  # it may be run again before that step is committed
         if sequence.keeps_pages:
