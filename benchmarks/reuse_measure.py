@@ -18,7 +18,7 @@ from kvjax.benchmarks import divergence
 from kvjax.benchmarks.corpora import Corpus, Generation, Item, Passage, solves
 from kvjax.benchmarks.reuse_reading import Reading
 from kvjax.branch import Branch
-from kvjax.cache.chunks import tokens_hash
+from kvjax.cache.chunks import VariantKey, tokens_hash
 from kvjax.llm import LLM
 from kvjax.observing import observes
 from kvjax.readout import LayerKV
@@ -221,6 +221,11 @@ class EngineInstrument:
         arrays = [
             a.nbytes for v in found.values() for a in (*v.scores.values(), *v.arrays.values())
         ]
+        if isinstance(strategy, Kamera):
+            for number, segment in enumerate(segments):
+                variant = chunks.store.get(VariantKey(None, segment.chunk, ""))
+                patch = None if variant is None else strategy.patch_of(variant, prompt, number)
+                arrays.append(0 if patch is None else patch.num_bytes)
         return chunks.facts.kv_token_bytes + sum(arrays) / tokens if tokens else 0.0
 
     def _time(self, item: Item, method: str, params: SamplingParams) -> float:

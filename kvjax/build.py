@@ -17,7 +17,7 @@ from kvjax.models import ModelConfig, Sharding, kv_spec, load_model, model_confi
 from kvjax.models.checkpoint import Checkpoint, open_checkpoint
 from kvjax.models.tokenizers import Tokenizer, load_tokenizer
 from kvjax.pallas_kernels import native
-from kvjax.reuse.gate import Gate, Verdicts
+from kvjax.reuse.gate import Gate, Limits, Verdicts
 
 log = logging.getLogger("kvjax")
 
@@ -78,7 +78,11 @@ def build(model: str | Path, config: EngineConfig, mesh: Mesh | None = None) -> 
         seed=config.seed,
         clock=time.monotonic,
         reuse=config.reuse,
-        gate=Gate(verdicts(checkpoint, config), config.max_reuse_loss, forced=config.force_reuse),
+        gate=Gate(
+            verdicts(checkpoint, config),
+            Limits(config.max_reuse_loss, config.min_reuse_agreement),
+            forced=config.force_reuse,
+        ),
     )
     engine = Engine(
         transformer,
@@ -92,8 +96,13 @@ def build(model: str | Path, config: EngineConfig, mesh: Mesh | None = None) -> 
 
 
 def verdicts(checkpoint: Checkpoint, config: EngineConfig) -> Verdicts:
-    """What reuse was measured to cost a model with the KV type of `config`."""
-    return Verdicts(cache_dir() / "reuse", lambda: checkpoint.fingerprint, config.kv_dtype)
+    """What reuse was measured to cost a model with the types of `config`."""
+    arch = model_config(checkpoint.config)
+    scaling, length = arch.rope.scaling, config.max_model_len or arch.max_position
+    return Verdicts(
+        cache_dir() / "reuse", lambda: checkpoint.fingerprint, config.dtype, config.kv_dtype,
+        length if scaling in ("dynamic", "longrope") else None,
+    )  # fmt: skip
 
 
 def enable_compilation_cache() -> None:

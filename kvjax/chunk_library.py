@@ -19,6 +19,7 @@ from kvjax.intake import Intake
 from kvjax.progress import encoding_bar
 from kvjax.request import Chunk
 from kvjax.reuse import parse
+from kvjax.reuse.patches import PatchStats
 from kvjax.reuse.strategy import context_hash
 from kvjax.segmentation import segment
 from kvjax.transfer import Spans
@@ -145,6 +146,11 @@ class ChunkLibrary:
     def stats(self) -> ChunkStats:
         """What is stored under any salt, and counts so far."""
         return self._engine.chunks.stats
+
+    @property
+    def patch_stats(self) -> PatchStats:
+        """Patches of chunks (`LLM.condition`) under any salt, and counts so far."""
+        return self._engine.chunks.patches.stats
 
     def list(self, cache_salt: str | None = None) -> tuple[ChunkInfo, ...]:
         """The chunks of one salt, in the order in which they were stored."""

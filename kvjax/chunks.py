@@ -9,7 +9,7 @@ Only the thread that owns the engine may call this.
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -18,6 +18,7 @@ from kvjax.errors import PromptTooLong, UnknownChunk
 from kvjax.observing import Device, observe, observes
 from kvjax.request import RequestMetrics, SamplingParams
 from kvjax.reuse.assemble import Assembly, assemble
+from kvjax.reuse.patches import Patches
 from kvjax.reuse.strategy import ModelFacts, Prompt, Segment, Strategy, Tokens, context_hash
 from kvjax.schedule import Scheduler
 from kvjax.sequence import Request, Status
@@ -43,6 +44,8 @@ class Chunks:
         discard: Callable[[Branch], None], max_model_len: int, device: Device,
     ) -> None:  # fmt: skip
         self.store, self.facts = store, facts
+        page_bytes = scheduler.pool.page_size * facts.kv_token_bytes
+        self.patches = Patches(store, store.capacity_pages * page_bytes)
         self._scheduler, self._discard = scheduler, discard
         self._max_model_len, self._device = max_model_len, device
         self._jobs: dict[VariantKey, _Job] = {}
@@ -127,11 +130,12 @@ class Chunks:
         self._scheduler.add(request.sequences[0])
         return key
 
-    def keep_output(self, sequence: Branch) -> int:
+    def keep_output(self, sequence: Branch, arrays: Mapping[str, np.ndarray] | None = None) -> int:
         """Stores what a parked sequence has generated as a chunk, with the KV that decoding wrote;
         how many variants: an output that ends in an end token is one also without it.
 
         The output of an approximate prompt is another variant than that of the exact one.
+        `arrays` of one row per output token are kept with it.
         """
         output, start = sequence.output_ids, sequence.num_prompt
         assembly, salt = sequence.assembly, sequence.request.params.cache_salt
@@ -155,6 +159,7 @@ class Chunks:
                 context_ids=context,
                 tail=tokens[count:],
                 facts={"born": "decode"},
+                arrays={name: rows[:count] for name, rows in (arrays or {}).items()},
             )
             stored += self.store.put(variant)
         return stored
@@ -177,6 +182,7 @@ class Chunks:
 
     def _store(self, variant: Variant, strategies: Sequence[Strategy]) -> None:
         if self.store.put(variant):
+            self.patches.attach(variant)
             for strategy in strategies:
                 strategy.annotate(variant, lambda: self._unrotated(variant))
 
@@ -215,9 +221,13 @@ class Chunks:
         request = sequence.request
         if request.strategy is None or sequence.num_prompt != len(request.prompt_ids):
             return None
-        return assemble(
+        assembly = assemble(
             request.strategy, self.prompt(request, sequence.num_prompt, exact), self.store
         )
+        for move in assembly.moves:
+            if move.patch is not None:
+                self.patches.use(move.variant, move.patch)
+        return assembly
 
     def observe(self, sequence: Branch) -> None:
         """Shows a prompt that was just computed to its strategy, once. Waits for the device."""

@@ -2,6 +2,8 @@
 chunk is kept with the chunk, in low rank."""
 
 import dataclasses
+import math
+import time
 from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
@@ -11,7 +13,14 @@ from kvjax.engine import Engine
 from kvjax.intake import Intake
 from kvjax.intake import Prompt as UserPrompt
 from kvjax.request import SamplingParams
-from kvjax.reuse.kamera import Kamera, antecedents, low_rank_patch, orders
+from kvjax.reuse.kamera import (
+    Antecedents,
+    Kamera,
+    antecedents,
+    low_rank_patch,
+    orders,
+    signed,
+)
 from kvjax.reuse.strategy import KV, Prompt, Strategy
 from kvjax.sequence import Request
 
@@ -24,10 +33,17 @@ class Conditioned:
 
     made: int
     found: int  # were there already
-    refused: int  # chunks whose own KV the store did not let in
+    refused: int  # chunks whose own KV the store did not let in, or whose patch found no room
+    declined: int  # chunks whose patch would not be worth its bytes
     patch_bytes: int  # of those made, on the host
     kv_bytes: int  # of the stored KV that they correct
     joint_tokens: int  # of the prompts encoded as a whole; a prefix among them may be cached
+    seconds: float  # that encoding them and making the patches took
+
+    def break_even(self, full: float, reused: float) -> float:
+        """Prompts after which what was made has paid for itself: seconds to the first token with a
+        full prefill, and with patches. Infinite if they save nothing."""
+        return self.seconds / (full - reused) if full > reused else math.inf
 
 
 def condition(
@@ -61,30 +77,56 @@ class _Conditioning:
 
     def run(self, prompt: Prompt) -> Conditioned:
         variants = self._canonical(prompt)
-        missing: dict[int, str] = {}
+        missing: dict[int, Antecedents] = {}
         held: list[Variant] = []
-        found = refused = 0
+        found = refused = declined = 0
         for number, variant in enumerate(variants):
             bound = antecedents(prompt, number)
-            key = self._strategy.patch_key(bound)
             refused += variant is None
-            if variant is None or not bound:
+            if variant is None or bound.nothing:
                 continue
-            if key in variant.facts:
+            if self._strategy.patch_key(bound) in variant.facts:
                 found += 1
+            elif not self._is_worth(prompt, variant):
+                declined += 1
             else:
-                missing[number] = key
+                missing[number] = bound
                 held.append(variant)
+        start = time.perf_counter()
         try:
             for variant in held:  # joint encodings need pages too
                 variant.pins += 1
-            patch_bytes = self._make(prompt, missing, held)
+            kept = self._make(prompt, missing, held)
         finally:
             for variant in held:
                 variant.pins = max(0, variant.pins - 1)
-        tokens = sum(variant.num_tokens for variant in held)
-        kv_bytes = tokens * prompt.model.kv_token_bytes
-        return Conditioned(len(held), found, refused, patch_bytes, kv_bytes, self._joint_tokens)
+        tokens = sum(variant.num_tokens for variant, _ in kept)
+        return Conditioned(
+            made=len(kept),
+            found=found,
+            refused=refused + len(held) - len(kept),
+            declined=declined,
+            patch_bytes=sum(num_bytes for _, num_bytes in kept),
+            kv_bytes=tokens * prompt.model.kv_token_bytes,
+            joint_tokens=self._joint_tokens,
+            seconds=time.perf_counter() - start,
+        )
+
+    def _is_worth(self, prompt: Prompt, variant: Variant) -> bool:
+        """Whether a patch takes less than the KV it corrects, and adding it less than projecting
+        keys and values again would."""
+        group, strategy = self._engine.spec.groups[0], self._strategy
+        width = group.num_kv_heads * (group.k_width + group.v_width)
+        taken = strategy.patch_bytes(
+            variant.num_tokens, width, prompt.model.num_layers, np.dtype(self._dtype).itemsize
+        )
+        corrected = variant.num_tokens * prompt.model.kv_token_bytes
+        return taken <= strategy.most * corrected and strategy.rank <= prompt.model.hidden_size
+
+    @property
+    def _dtype(self) -> type[np.floating]:
+        """What patches are kept in: as exact as the KV."""
+        return np.float32 if self._engine.spec.groups[0].dtype == "float32" else np.float16
 
     def _canonical(self, prompt: Prompt) -> list[Variant | None]:
         """Every chunk by itself, encoded where it is missing."""
@@ -96,22 +138,27 @@ class _Conditioning:
         keys = [VariantKey(prompt.salt, segment.chunk, "") for segment in prompt.segments]
         return [chunks.store.get(key) for key in keys]
 
-    def _make(self, prompt: Prompt, missing: dict[int, str], held: Sequence[Variant]) -> int:
-        """Makes patches and stores them with their chunks; their bytes."""
+    def _make(
+        self, prompt: Prompt, missing: dict[int, Antecedents], held: Sequence[Variant]
+    ) -> list[tuple[Variant, int]]:
+        """Makes patches and keeps them with their chunks: those that found room, their bytes."""
         behind: dict[int, list[KV]] = {number: [] for number in missing}
         for order, numbers in self._joint_encodings(missing):
             tokens, starts = _arranged(prompt, order)
             at = [(starts[n], starts[n] + len(prompt.chunk_tokens(n))) for n in numbers]
             for number, kv in zip(numbers, self._encode(tokens, at, prompt.salt), strict=True):
                 behind[number].append(kv)
-        num_bytes = 0
-        for (number, key), variant in zip(missing.items(), held, strict=True):
-            alone = self._engine.chunks.read(variant)
-            rank, shallow = self._strategy.rank, self._strategy.shallow
-            patch = low_rank_patch(alone, _mean(behind[number]), rank, shallow)
-            variant.facts[key] = patch
-            num_bytes += patch.num_bytes
-        return num_bytes
+        kept = []
+        chunks, strategy = self._engine.chunks, self._strategy
+        for (number, bound), variant in zip(missing.items(), held, strict=True):
+            made = low_rank_patch(
+                chunks.read(variant), _mean(behind[number]), strategy.rank, strategy.shallow,
+                self._dtype,
+            )  # fmt: skip
+            patch = signed(made, variant.key.chunk, prompt.model.tag, bound)
+            if chunks.patches.put(variant, strategy.patch_key(bound), patch):
+                kept.append((variant, patch.num_bytes))
+        return kept
 
     def _joint_encodings(
         self, missing: Iterable[int]

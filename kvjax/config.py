@@ -49,6 +49,7 @@ class EngineConfig:
     eviction_policy: str = "lru"
     reuse: Any = None  # spec or `kvjax.reuse.Strategy` for prompts with chunks; None: exact only
     max_reuse_loss: float = 0.1  # nats per token that approximate reuse may cost (`reuse check`)
+    min_reuse_agreement: float = 0.8  # share of full prefill's right answers that it has to keep
     force_reuse: bool = False  # also where it was measured to cost more, or not measured at all
     chunk_cache_share: float = 0.5  # of the KV pages, that stored chunks may take at most
     chunk_eviction_policy: str = "lru"
@@ -93,6 +94,9 @@ class EngineConfig:
         loss = self.max_reuse_loss
         if isinstance(loss, bool) or not isinstance(loss, int | float) or not loss >= 0:
             raise ValueError(f"max_reuse_loss must be a number of at least 0, got {loss!r}")
+        share = self.min_reuse_agreement
+        if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share <= 1:
+            raise ValueError(f"min_reuse_agreement must be a number in [0, 1], got {share!r}")
         for name in _SWITCHES:
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")

@@ -25,12 +25,14 @@ from kvjax.config import EngineConfig
 from kvjax.decode import SampleOutput
 from kvjax.errors import GrammarFailed, KVJaxError, StepFailed
 from kvjax.models import Transformer
+from kvjax.models.tag import model_tag
 from kvjax.observing import Device
 from kvjax.pallas_kernels import cascade_refusal
-from kvjax.readout import LayerKV
+from kvjax.readout import LayerKV, row_arguments
 from kvjax.recovery import Suspects
 from kvjax.request import FinishReason, Logprob, PositionLogprobs
 from kvjax.reuse import parse
+from kvjax.reuse.entering import EnteringShape
 from kvjax.reuse.pack import stage_rows
 from kvjax.reuse.report import Fate, staged_report
 from kvjax.reuse.strategy import ModelFacts
@@ -116,7 +118,10 @@ class Engine:
 
     def _assemble(self, sequence: Sequence, exact: int) -> Assembled | None:
         try:
-            return self.chunks.assemble(sequence, exact)
+            assembly = self.chunks.assemble(sequence, exact)
+            if assembly is not None:
+                self.chunks.store.hold(sequence, (move.variant for move in assembly.moves))
+            return assembly
         except (KVJaxError, ValueError) as error:  # of the strategy; others must not suffer
             failure = error if isinstance(error, KVJaxError) else KVJaxError(str(error))
             self._refused.append((sequence.request, failure))
@@ -164,6 +169,22 @@ class Engine:
             except BaseException:  # the program consumes the pages
                 self._start_over()
                 raise
+
+    def entering(self, sequence: Sequence, start: int, stop: int, layer: int) -> np.ndarray:
+        """What enters `layer` at tokens `[start, stop)` of a parked sequence: f32[tokens, hidden].
+
+        Runs the layers below it over the sequence's KV, which stays as it is.
+        """
+        pages_per_seq = -(-self.limits.max_model_len // self.spec.page_size)
+        rows, arguments = row_arguments(
+            sequence.tokens[start:stop], start, sequence.page_ids, pages_per_seq
+        )
+        try:
+            hidden = self.runner.beside(EnteringShape(rows, layer), *arguments)
+        except BaseException:  # the program consumes the pages
+            self._start_over()
+            raise
+        return hidden[: stop - start]
 
     def read(self, sequence: Sequence) -> tuple[LayerKV, ...]:
         """KV of a parked sequence's tokens, by layer: as stored, in float32."""
@@ -222,6 +243,7 @@ class Engine:
         except BaseException:  # an interrupt, or a bug: what was planned may not have been computed
             self._start_over()
             raise
+        self._fail_refused()
         touched |= {id(r): r for r in self._take_failed()}
         return list(touched.values())
 
@@ -322,6 +344,7 @@ class Engine:
     def _finish(self, sequence: Sequence, reason: FinishReason) -> None:
         sequence.finish_reason = reason
         self.scheduler.finish(sequence)
+        self.chunks.store.let_go(sequence)
         if self._in_flight is not None:
             self._ended.add(sequence)  # it may be run again before that step is committed
         if sequence.keeps_pages:
@@ -362,6 +385,13 @@ class Engine:
         request.error = error
         self.abort(request, "error")
         self._failed.append(request)
+
+    def _fail_refused(self) -> None:
+        """Ends the requests that their strategies refused while the step was planned."""
+        refused, self._refused = self._refused, []
+        for request, error in refused:
+            if not request.finished:
+                self._fail(request, error)
 
     def _take_failed(self) -> list[Request]:
         failed, self._failed = self._failed, []
@@ -428,6 +458,7 @@ def _facts(model: Transformer, spec: KVSpec) -> ModelFacts:
         hidden_size=c.hidden_size,
         kv_token_bytes=spec.bytes(1),
         hidden_token_bytes=2 * c.hidden_size * c.num_layers,
+        tag=model_tag(model),
     )
 
 

@@ -7,6 +7,7 @@ from numbers import Integral
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from jax.sharding import Mesh
 
 from kvjax.branch import Branch
@@ -20,7 +21,8 @@ from kvjax.models.tokenizers import Tokenizer
 from kvjax.progress import progress_bar
 from kvjax.request import RequestOutput, SamplingParams
 from kvjax.reuse import parse
-from kvjax.sequence import Request
+from kvjax.reuse.entering import entering_name
+from kvjax.sequence import Request, Sequence
 from kvjax.stream import Job, Result, run_stream
 
 
@@ -169,12 +171,21 @@ class LLM:
         self,
         prompts: Prompt | Seq[Prompt],
         sampling_params: SamplingParams | Seq[SamplingParams] | None = None,
+        *,
+        entering: int | None = None,
     ) -> list[RequestOutput]:
         """`generate`, and every output's KV is kept as a chunk for the prompts that quote it.
 
         `Chunk(completion.token_ids)`, with or without its end token, in a later prompt of the same
-        `cache_salt` with `reuse="relaycaching"` finds the KV that decoding wrote.
+        `cache_salt` with `reuse="relaycaching"` finds the KV that decoding wrote. `entering`: keeps
+        the hidden states that enter this layer too, for `relaycaching:start=` that layer; the
+        layers below it run once more over the output for that.
+
+        Raises `ValueError` if the model has no such layer above the first.
         """
+        layers = self.model_config.num_layers
+        if entering is not None and not 0 < entering < layers:
+            raise ValueError(f"entering must be a layer in 1..{layers - 1}, got {entering}")
         requests = self._requests(prompts, sampling_params)
         sequences = [sequence for request in requests for sequence in request.sequences]
         for sequence in sequences:
@@ -184,7 +195,7 @@ class LLM:
                 pass
             for sequence in sequences:
                 if sequence.request.error is None:
-                    self.engine.chunks.keep_output(sequence)
+                    self.engine.chunks.keep_output(sequence, self._entering(sequence, entering))
         finally:
             for sequence in sequences:
                 self.engine.discard(sequence)
@@ -194,6 +205,14 @@ class LLM:
         """Token ids of a prompt, and the spans of its chunks. Raises `ValueError` if it is none."""
         _, ids, spans = self._intake.marked_tokens(prompt)
         return tuple(self._intake.checked_ids(ids)), spans
+
+    def _entering(self, sequence: Sequence, layer: int | None) -> dict[str, np.ndarray]:
+        """Hidden states of a parked sequence's output."""
+        start, stop = sequence.num_prompt, sequence.num_computed
+        if layer is None or start >= stop:
+            return {}
+        rows = self.engine.entering(sequence, start, stop, layer)
+        return {entering_name(layer): rows}
 
     # ---- the rest ---------------------------------------------------------------------------
 

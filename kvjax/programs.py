@@ -12,6 +12,7 @@ import numpy as np
 from kvjax.cache.pages import KVSpec
 from kvjax.readout import ScoreShape, run_rows
 from kvjax.reuse.attended import AttendedShape, attended, empty_attended
+from kvjax.reuse.entering import EnteringShape, entering
 from kvjax.reuse.forward import StagedShape, run_staged
 from kvjax.reuse.move import move_chunks
 from kvjax.reuse.pack import MoveShape, empty_batch, empty_move
@@ -19,7 +20,14 @@ from kvjax.reuse.read import ReadShape, read_slots
 from kvjax.transfer import ExportShape, ImportShape, empty_spans, export_slots, import_slots
 
 SideKey = (
-    MoveShape | StagedShape | ReadShape | ScoreShape | ExportShape | ImportShape | AttendedShape
+    MoveShape
+    | StagedShape
+    | ReadShape
+    | ScoreShape
+    | ExportShape
+    | ImportShape
+    | AttendedShape
+    | EnteringShape
 )
 
 
@@ -56,6 +64,10 @@ def side_program(key: SideKey, spec: KVSpec, num_layers: int, pages_per_seq: int
     def sums(model, pages, *arrays):
         return attended(model, pages, spec, *arrays)
 
+    def enter(model, pages, *arrays):
+        assert isinstance(key, EnteringShape)
+        return entering(model, pages, spec, key.layer, *arrays)
+
     match key:
         case MoveShape():
             return SideProgram(move, empty_move(key, num_layers, spec), True)
@@ -68,9 +80,10 @@ def side_program(key: SideKey, spec: KVSpec, num_layers: int, pages_per_seq: int
         case ImportShape():
             spans = empty_spans(spec, key.tokens)
             return SideProgram(load, (spans, np.zeros(key.tokens, np.int32)), True)
-        case ScoreShape():
+        case ScoreShape() | EnteringShape():
             table, number = np.zeros((1, pages_per_seq), np.int32), np.zeros((), np.int32)
             arguments = (np.zeros(key.rows, np.int32), number, number, table)
-            return SideProgram(score, arguments, True)
+            run = score if isinstance(key, ScoreShape) else enter
+            return SideProgram(run, arguments, True)
         case AttendedShape():
             return SideProgram(sums, empty_attended(key, pages_per_seq), True)

@@ -50,6 +50,7 @@ class Variant:
     facts: dict[str, Any] = dataclasses.field(default_factory=dict)  # what a strategy keeps of it
     arrays: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)  # hidden states, ...
     pins: int = 0
+    holds: int = 0  # sequences that are not over and whose plan has it
     uses: int = 0
     last_use: int = 0
 
@@ -120,7 +121,8 @@ class ChunkStore:
 
     Admission is bounded: a newcomer takes free capacity, or the place of variants that were not
     used since they came; those that were used keep up to `PROTECTED_SHARE` of the capacity against
-    any number of newcomers. Pinned ones never leave.
+    any number of newcomers. Pinned ones never leave. Those that a sequence holds leave last: if it
+    is preempted, it finds what it began with, as long as anything else can go.
     """
 
     def __init__(
@@ -132,6 +134,7 @@ class ChunkStore:
         self._policy = policy or CHUNK_EVICTION_POLICIES["lru"]
         self._variants: dict[VariantKey, Variant] = {}
         self._by_chunk: dict[tuple[str | None, str], dict[str, Variant]] = {}
+        self._held: dict[object, tuple[Variant, ...]] = {}  # by sequence
         self._clock = 0
         self._lookups = self._hits = self._admitted = self._refused = self._evicted = 0
 
@@ -187,6 +190,18 @@ class ChunkStore:
         """Records a lookup on behalf of a request."""
         self._lookups += 1
         self._hits += hit
+
+    def hold(self, owner: object, variants: Iterable[Variant]) -> None:
+        """Lets `variants`, and no others, leave last on behalf of `owner`, until `let_go`."""
+        self.let_go(owner)
+        self._held[owner] = tuple(variants)
+        for variant in self._held[owner]:
+            variant.holds += 1
+
+    def let_go(self, owner: object) -> None:
+        """Undoes `hold`; does nothing if there was none."""
+        for variant in self._held.pop(owner, ()):
+            variant.holds -= 1
 
     # ---- changing ---------------------------------------------------------------------------
 
@@ -296,12 +311,13 @@ class ChunkStore:
         return victims if missing <= 0 else None
 
     def _ordered(self, variants: Iterable[Variant]) -> list[Variant]:
-        """Unpinned ones, who leaves first first; those never used before those that were."""
+        """Unpinned ones, who leaves first first: those never used before those that were, and
+        those that a sequence holds after all others."""
 
         def order(variant: Variant) -> tuple[float, ...]:
             saving = float(variant.facts.get("saving", 1.0))
             view = VariantView(variant.last_use, variant.uses, variant.num_tokens, saving)
-            return (float(variant.uses > 0), *self._policy(view))
+            return (float(variant.holds > 0), float(variant.uses > 0), *self._policy(view))
 
         return sorted((v for v in variants if not v.pins), key=order)
 

@@ -142,6 +142,7 @@ def add_engine(parser: argparse.ArgumentParser, *, reuse: bool = True) -> None:
     add("chunk_cache_share", "of the KV cache, for stored chunks", type=float, metavar="X")
     add("chunk_eviction_policy", "who leaves them first", choices=sorted(CHUNK_EVICTION_POLICIES))
     add("max_reuse_loss", "nats per token that reuse may cost", type=float, metavar="X")
+    add("min_reuse_agreement", "share of answers that reuse must keep", type=float, metavar="X")
     add("force_reuse", "reuse that was not measured, or costs more (see kvjax reuse check)")
     add("deterministic", "bits of a result never depend on what else is in the batch")
     add("overlap", "plan a step while the device runs the one before")

@@ -15,13 +15,15 @@ from kvjax.build import verdicts
 from kvjax.cli import reuse_report
 from kvjax.cli.options import add_engine, open_llm
 from kvjax.reuse import STRATEGIES, Strategy, parse
-from kvjax.reuse.gate import Verdict
+from kvjax.reuse.gate import Limits, Verdict
 
 HELP = "measure what reuse of KV costs a model, or draw what it does to a prompt"
 EPILOG = """\
 `check` compares each strategy with the model's own full prefill on prompts whose passages refer to
-one another, and keeps the verdicts in the cache folder. A strategy whose mean KL divergence is at
-most --max-reuse-loss may then serve this model with this KV type; others are refused.
+one another, and keeps the verdicts in the cache folder. A strategy may then serve this model with
+these types whose mean KL divergence is at most --max-reuse-loss and that gets at least a share of
+--min-reuse-agreement of the answers right that full prefill gets right; others are refused. (Where
+full prefill has fewer than four right, tokens of its answers are counted instead.)
 Exit status: 0 if all of them may, 1 if not.
 
 `report` runs one prompt of a JSONL file, whose chunks are marked as in
@@ -36,6 +38,7 @@ examples:
 """
 
 CORPUS, ITEMS = "binding", 16
+_LEAST_RIGHT = 4  # right answers of full prefill, for their share to mean anything
 _CONTROLS = ("naive_no_rotation", "random", "oracle")  # to compare with, not to serve by
 
 
@@ -86,15 +89,17 @@ def run(args: argparse.Namespace) -> int:
     found = [verdict(instrument, corpus, strategy, readings) for strategy in chosen]
     for strategy, one in zip(chosen, found, strict=True):
         store.write(strategy, one)
-    Console().print(table(found, args.max_reuse_loss))
-    return int(any(one.loss > args.max_reuse_loss for one in found))
+    limits = Limits(args.max_reuse_loss, args.min_reuse_agreement)
+    Console().print(table(found, limits))
+    return int(any(one.complaint(limits) for one in found))
 
 
 def measure(
     instrument: EngineInstrument, corpus: Corpus, chosen: list[Strategy], items: int, *, quiet: bool
 ) -> dict[str, list[Reading]]:
-    """Readings of each strategy, and of naive reuse, over the first `items` of a corpus."""
-    specs = list(dict.fromkeys(["naive", *(strategy.spec for strategy in chosen)]))
+    """Readings of each strategy, of full prefill and of naive reuse, over the first `items` of a
+    corpus."""
+    specs = list(dict.fromkeys(["full", "naive", *(strategy.spec for strategy in chosen)]))
     instrument.begin(corpus, specs)
     readings: dict[str, list[Reading]] = {spec: [] for spec in specs}
     progress = Console(stderr=True)
@@ -113,15 +118,20 @@ def verdict(
     strategy: Strategy,
     readings: dict[str, list[Reading]],
 ) -> Verdict:
-    """The verdict that readings of a strategy and of "naive" make."""
+    """The verdict that readings of a strategy, of "full" and of "naive" make."""
     losses = [reading.kl_answer for reading in readings[strategy.spec]]
     naive = [reading.kl_answer for reading in readings["naive"]]
     mean = intervals.mean(losses)
+    kept, counted = agreements(readings["full"], readings[strategy.spec])
+    agreement = intervals.mean(kept)
     recovery = intervals.recovery(losses, naive).value if sum(naive) > 0 else None
     return Verdict(
         strategy=strategy.spec,
         loss=mean.value,
         loss_interval=(mean.low, mean.high),
+        agreement=agreement.value,
+        agreement_interval=(agreement.low, agreement.high),
+        agreement_of=counted,
         recovery=recovery,
         corpus=corpus.name,
         corpus_digest=corpus.digest,
@@ -130,14 +140,26 @@ def verdict(
     )
 
 
-def table(found: list[Verdict], max_loss: float) -> Table:
-    """Losses and what they mean for serving."""
-    shown = Table("strategy", "loss (nats/token)", "95 % interval", "recovery", "may serve")
+def agreements(full: list[Reading], other: list[Reading]) -> tuple[list[float], str]:
+    """For each answer that full prefill has right whether `other` has it too, and what that is
+    called; where there are too few, shares of the tokens of all answers."""
+    right = [float(bool(b.solved)) for a, b in zip(full, other, strict=True) if a.solved]
+    if len(right) >= _LEAST_RIGHT:
+        return right, f"{len(right)} right answers"
+    return [reading.agreement for reading in other], f"{len(other)} answers, by token"
+
+
+def table(found: list[Verdict], limits: Limits) -> Table:
+    """Losses, agreements and what they mean for serving."""
+    shown = Table("strategy", "loss (nats/token)", "recovery", "answers kept", "may serve")
     for one in found:
-        low, high = one.loss_interval
+        losses = f"{one.loss:.4f} ({one.loss_interval[0]:.4f}..{one.loss_interval[1]:.4f})"
+        low, high = one.agreement_interval
+        kept = f"{one.agreement:.1%} ({low:.1%}..{high:.1%})"
         recovery = "-" if one.recovery is None else f"{one.recovery:.1%}"
-        passes = "yes" if one.loss <= max_loss else f"no: above {max_loss:g}"
-        shown.add_row(one.strategy, f"{one.loss:.4f}", f"{low:.4f}..{high:.4f}", recovery, passes)
+        complaint = one.complaint(limits)
+        passes = "yes" if complaint is None else f"no: {complaint}"
+        shown.add_row(one.strategy, losses, recovery, kept, passes)
     return shown
 
 

@@ -15,7 +15,7 @@ from kvjax.cache.pages import KVPages, KVSpec, KVView
 from kvjax.models import Transformer
 from kvjax.pallas_kernels import export_span, gather_slots, import_span
 from kvjax.reuse.plan import Spans, Stage, StagedPlan
-from kvjax.reuse.scores import SCORES, Layer
+from kvjax.reuse.scores import Layer, find_score
 from kvjax.reuse.windows import group_windows, most_grouped
 
 
@@ -31,6 +31,7 @@ class StageShape:
     sums: bool  # scores add up over all its layers
     restores: bool  # rows that the next stage does not choose get their stored KV back
     window: tuple[int, int] | None = None  # how chosen rows are grouped
+    enters: bool = False  # rows that the stage before did not run begin from stored hidden states
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +42,7 @@ class StagedShape:
     chunks: int  # padded
     stages: tuple[StageShape, ...]
     mask: str
+    hidden_size: int = 0  # of stored hidden states; 0: none are given
 
     def __str__(self) -> str:
         rows = "-".join(str(stage.rows) for stage in self.stages)
@@ -63,6 +65,8 @@ class StagedBatch:
     rows: tuple[Any, ...]  # i32[rows] candidates of each stage that names them; -1 is padding
     counts: Any  # i32[stages]: how many rows a stage chooses
     thresholds: Any  # f32[stages], times the mean score; scores are not negative, 0 is none
+    floors: Any  # f32[stages], the same without the mean
+    hidden: Any = None  # f32[C, hidden]: stored, for the rows that enter mid-stack
 
 
 def rung(n: int) -> int:
@@ -74,7 +78,7 @@ def rung(n: int) -> int:
 
 
 def shape_of(
-    plan: StagedPlan, num_candidates: int, num_always: int, num_chunks: int
+    plan: StagedPlan, num_candidates: int, num_always: int, num_chunks: int, hidden_size: int = 0
 ) -> StagedShape:
     """The program for a plan."""
     shapes = []
@@ -91,10 +95,11 @@ def shape_of(
                 sums=choice is not None and choice.layers == "sum",
                 restores=choice is not None and stage.update == "chosen",
                 window=None if isinstance(stage.rows, Spans) else stage.rows.window,
+                enters=stage.hidden is not None,
             )
         )
     chunks = 1 << max(0, (num_chunks - 1).bit_length())
-    return StagedShape(rung(num_candidates), chunks, tuple(shapes), plan.mask)
+    return StagedShape(rung(num_candidates), chunks, tuple(shapes), plan.mask, hidden_size)
 
 
 def _num_rows(stage: Stage, num_candidates: int, num_always: int) -> int:
@@ -132,6 +137,11 @@ def run_staged(
             hidden = model.embed(batch.tokens[jnp.maximum(ids, 0)])
         else:
             hidden = hidden[place[jnp.maximum(ids, 0)]]
+        if stage.enters:
+            ran, at = jnp.zeros(shape.candidates, bool), jnp.maximum(ids, 0)
+            if not fresh:
+                ran = _members(previous, shape.candidates)
+            hidden = jnp.where(ran[at][:, None], hidden, batch.hidden[at])
         indices = jnp.where(ids < 0, -1, batch.indices[jnp.maximum(ids, 0)])
         views = _views(spec, shape, batch, indices, stage.chooses)
         rows = _Rows(ids, jnp.maximum(indices, 0), views, jnp.array([0, stage.rows], jnp.int32))
@@ -169,7 +179,7 @@ def _run_stage(model, pages, spec, stage: StageShape, batch: StagedBatch, rows: 
         old = gather_slots(pages.layers[layer], view.write_slots, widths=widths)
         hidden, pages, _ = _layers(model, hidden, pages, rows, layer, layer + 1)
         new = gather_slots(pages.layers[layer], view.write_slots, widths=widths)
-        scores += SCORES[str(stage.score)](
+        scores += find_score(str(stage.score))(
             Layer(model, layer, pages.layers[layer], view, entering, rows.positions, rows.ids,
                   batch.indices, batch.question, batch.chunks, old, new)
         )  # fmt: skip
@@ -211,7 +221,7 @@ def _choose(scores, eligible, batch: StagedBatch, number: int, stage: StageShape
     """Candidates of a stage, ascending: what always runs, and the best of the rest."""
     rest = eligible & batch.blended
     mean = jnp.where(rest, scores, 0).sum() / jnp.maximum(rest.sum(), 1)
-    rest &= scores >= batch.thresholds[number] * mean
+    rest &= scores >= jnp.maximum(batch.thresholds[number] * mean, batch.floors[number])
     ranked = jnp.argsort(jnp.where(rest, -scores, jnp.inf), stable=True)
     rank = jnp.zeros_like(ranked).at[ranked].set(jnp.arange(len(ranked)))
     best = rest & (rank < batch.counts[number])

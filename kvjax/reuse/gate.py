@@ -1,8 +1,10 @@
 """The quality gate: approximate reuse serves a model that was measured to bear it.
 
 `kvjax reuse check` measures a strategy against the same model's full prefill and keeps the verdict
-in the cache folder, by weights, KV type and strategy. A strategy with `approximate=True` is refused
-without one, or where its loss is above `EngineConfig.max_reuse_loss`.
+in the cache folder, by weights, their type, KV type and strategy. A strategy with
+`approximate=True` is refused without one, where its loss is above `EngineConfig.max_reuse_loss`,
+and where its answers agree less than `EngineConfig.min_reuse_agreement`: a mean over distributions
+can be small while the few tokens that matter are lost.
 """
 
 import dataclasses
@@ -13,7 +15,7 @@ import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from kvjax.errors import ReuseRefused
 from kvjax.reuse.strategy import Strategy
@@ -26,6 +28,9 @@ class Verdict:
     strategy: str  # its spec
     loss: float  # mean KL(full prefill || reuse) over greedy answers, nats per token
     loss_interval: tuple[float, float]
+    agreement: float  # share of full prefill's greedy answers that reuse gives too
+    agreement_interval: tuple[float, float]
+    agreement_of: str  # what was counted, such as "21 right answers"
     recovery: float | None  # 1 - loss / the loss of naive reuse; None if that is zero
     corpus: str
     corpus_digest: str
@@ -37,23 +42,56 @@ class Verdict:
             math.isfinite(self.loss) and self.loss >= 0
         ):
             raise ValueError(f"a loss must be finite and not negative, got {self.loss!r}")
+        if not isinstance(self.agreement, int | float) or not 0 <= self.agreement <= 1:
+            raise ValueError(f"an agreement must be in [0, 1], got {self.agreement!r}")
+
+    def complaint(self, limits: "Limits") -> str | None:
+        """Why the strategy may not serve, with the numbers and the limits; None: it may."""
+        found = []
+        if self.loss > limits.max_loss:
+            found.append(
+                f"loses {self.loss:.4f} nats per token; max_reuse_loss={limits.max_loss:g}"
+            )
+        if self.agreement < limits.min_agreement:
+            found.append(
+                f"keeps {self.agreement:.1%} of full prefill's {self.agreement_of}; "
+                f"min_reuse_agreement={limits.min_agreement:g}"
+            )
+        return ", and ".join(found) or None
+
+
+class Limits(NamedTuple):
+    """What a verdict has to keep to: both."""
+
+    max_loss: float
+    min_agreement: float
 
 
 class Verdicts:
-    """Verdicts on one model with one KV type, a file each.
+    """Verdicts on one model with one type of weights and one of KV, a file each.
 
     `fingerprint` is asked for when a verdict is first read or written: it reads the weights.
+    `length`: the longest sequence, for models whose rotary angles depend on it.
     """
 
-    def __init__(self, folder: Path, fingerprint: Callable[[], str], kv_dtype: str) -> None:
-        self._folder, self._fingerprint, self._kv_dtype = folder, fingerprint, kv_dtype
+    def __init__(
+        self,
+        folder: Path,
+        fingerprint: Callable[[], str],
+        dtype: str,
+        kv_dtype: str,
+        length: int | None = None,
+    ) -> None:
+        self._folder, self._fingerprint = folder, fingerprint
+        self._types, self._length = (dtype, kv_dtype), length
 
     def path(self, strategy: Strategy) -> Path:
         """Where the verdict on a strategy is kept."""
         model = self._fingerprint()
-        key = json.dumps([model, self._kv_dtype, strategy.spec])
+        key = json.dumps([model, *self._types, self._length, strategy.spec])
         digest = hashlib.blake2b(key.encode(), digest_size=8).hexdigest()
-        return self._folder / f"{model[:16]}-{self._kv_dtype}" / f"{strategy.name}-{digest}.json"
+        folder = "-".join((model[:16], *self._types))
+        return self._folder / folder / f"{strategy.name}-{digest}.json"
 
     def read(self, strategy: Strategy) -> Verdict | None:
         """The verdict; None if there is none.
@@ -64,7 +102,8 @@ class Verdicts:
         path = self.path(strategy)
         try:
             fields = json.loads(path.read_text(encoding="utf-8"))
-            return Verdict(**{**fields, "loss_interval": tuple(fields["loss_interval"])})
+            intervals = ("loss_interval", "agreement_interval")
+            return Verdict(**{**fields, **{name: tuple(fields[name]) for name in intervals}})
         except FileNotFoundError:
             return None
         except (ValueError, TypeError, KeyError) as error:
@@ -84,15 +123,15 @@ class Verdicts:
 class Gate:
     """Lets strategies through to one model. `forced`: all of them, measured or not."""
 
-    def __init__(self, verdicts: Verdicts, max_loss: float, *, forced: bool = False) -> None:
-        self._verdicts, self._max_loss, self._forced = verdicts, max_loss, forced
+    def __init__(self, verdicts: Verdicts, limits: Limits, *, forced: bool = False) -> None:
+        self._verdicts, self._limits, self._forced = verdicts, limits, forced
         self._losses: dict[str, float | None] = {}  # of what was let through
 
     def check(self, strategy: Strategy) -> None:
         """Does nothing for a strategy that may serve.
 
         Raises:
-          ReuseRefused: it is approximate, and was measured to lose too much, or not at all.
+          ReuseRefused: it is approximate, and was measured to change too much, or not at all.
         """
         if not strategy.approximate or strategy.spec in self._losses:
             return
@@ -116,9 +155,8 @@ class Gate:
                 f"{strategy.spec} is approximate and was not measured on this model: run "
                 f"`kvjax reuse check MODEL --reuse {strategy.spec}`, or force_reuse=True"
             )
-        if verdict.loss > self._max_loss:
+        if (complaint := verdict.complaint(self._limits)) is not None:
             raise ReuseRefused(
-                f"{strategy.spec} loses {verdict.loss:.4f} nats per token on this model "
-                f"({verdict.corpus}, {verdict.items} items); "
-                f"max_reuse_loss={self._max_loss:g}"
+                f"{strategy.spec} on this model ({verdict.corpus}, {verdict.items} items) "
+                f"{complaint}"
             )

@@ -8,20 +8,22 @@ keys are turned, so it moves with the chunk. It is made ahead of time, by one jo
 A patch serves its own antecedents only: one made behind others is worse than none.
 Antecedents are a set: the same chunks in another order, behind the same text, share a patch.
 Of the paper only the abstract and notes of others were available. Inferred: the text between chunks
-is part of what a patch is bound to; the SVD is of the plain difference, keys and values unweighted.
+is part of what a patch is bound to; the SVD is of the plain difference, keys and values unweighted;
+when a patch is not worth its bytes.
 """
 
 import dataclasses
+import hashlib
 import itertools
 import math
 import random
 from collections.abc import Iterator, Sequence
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, NamedTuple
 
 import numpy as np
 
-from kvjax.cache.chunks import Variant
-from kvjax.reuse.pieces import pieces_before
+from kvjax.cache.chunks import Variant, tokens_hash
+from kvjax.errors import ReuseRefused
 from kvjax.reuse.strategy import (
     KV,
     CanonicalChunks,
@@ -34,6 +36,51 @@ from kvjax.reuse.strategy import (
 )
 
 
+class Antecedents(NamedTuple):
+    """What a chunk stands behind: `tokens_hash` of the chunks in their order, and of the texts
+    before each of them and before the chunk itself, "" for no text."""
+
+    chunks: tuple[str, ...]
+    texts: tuple[str, ...]
+
+    @property
+    def nothing(self) -> bool:
+        """Whether the chunk is the first thing in its prompt."""
+        return not self.chunks and not any(self.texts)
+
+    @property
+    def key(self) -> str:
+        """What a patch is bound to: the chunks as a set, the texts as they stand."""
+        return "+".join(sorted(self.chunks)) + "|" + "+".join(self.texts)
+
+    def __str__(self) -> str:
+        return "+".join(self.chunks) + "|" + "+".join(self.texts)
+
+    @classmethod
+    def parse(cls, text: str) -> "Antecedents":
+        """What `str` gave."""
+        chunks, _, texts = text.partition("|")
+        return cls(tuple(chunks.split("+")) if chunks else (), tuple(texts.split("+")))
+
+    def left_of(self, before: "Antecedents") -> bool:
+        """Whether these are what a sliding window left of `before`: the first chunks went, with the
+        text behind each of them; the text in front of all stayed."""
+        gone = len(before.chunks) - len(self.chunks)
+        kept = before.texts[gone + 1 :]
+        return gone > 0 and self == Antecedents(before.chunks[gone:], (before.texts[0], *kept))
+
+
+def antecedents(prompt: Prompt, number: int) -> Antecedents:
+    """What a chunk of a prompt stands behind."""
+    before = prompt.segments[:number]
+    texts, at = [], 0
+    for segment in (*before, prompt.segments[number]):
+        start = segment.start
+        texts.append(tokens_hash(prompt.tokens[at:start]) if start > at else "")
+        at = segment.stop
+    return Antecedents(tuple(s.chunk for s in before), tuple(texts))
+
+
 @dataclasses.dataclass(frozen=True)
 class Kamera(CanonicalChunks):
     """Patches of `rank`, where one was made for exactly the antecedents of a hit.
@@ -44,22 +91,36 @@ class Kamera(CanonicalChunks):
       shallow: layers at the bottom that get none.
       orbit: orders of the antecedents whose patches are averaged, the given order among them; all
         of them if there are no more. 1: the given order alone.
+      most: a patch is not made that takes more than this times the bytes of the KV it corrects:
+        then KV behind these antecedents may as well be stored, or the tokens run.
+      window: whether a patch also serves a chunk whose antecedents are what a sliding window left
+        of those it was made for: it goes on saying what has left. The paper lets survivors of a
+        window be moved only; nothing is encoded again.
       without: what becomes of a chunk that has antecedents and no patch for them: "shift" reuses
-        its KV as it is, "compute" computes it like any text.
+        its KV as it is, "compute" computes it like any text, "refuse" fails the request.
     """
 
     name: ClassVar[str] = "kamera"
     rank: int = 16
     shallow: int = 0
     orbit: int = 1
-    without: Literal["shift", "compute"] = "shift"
+    most: float = 1.0
+    window: bool = False
+    without: Literal["shift", "compute", "refuse"] = "shift"
 
     def __post_init__(self) -> None:
         count_of("rank", self.rank, 1)
         count_of("shallow", self.shallow)
         count_of("orbit", self.orbit, 1)
-        if self.without not in ("shift", "compute"):
-            raise ValueError(f"without must be 'shift' or 'compute', got {self.without!r}")
+        number = isinstance(self.most, int | float) and not isinstance(self.most, bool)
+        if not number or not self.most >= 0:
+            raise ValueError(f"most must be a number of at least 0, got {self.most!r}")
+        if not isinstance(self.window, bool):
+            raise ValueError(f"window must be true or false, got {self.window!r}")
+        if self.without not in ("shift", "compute", "refuse"):
+            raise ValueError(
+                f"without must be 'shift', 'compute' or 'refuse', got {self.without!r}"
+            )
 
     @property
     def patch_shapes(self) -> tuple[tuple[tuple[int, ...], str], ...]:
@@ -68,58 +129,111 @@ class Kamera(CanonicalChunks):
 
     def wanted(self, prompt: Prompt, number: int, found: Found) -> Tokens | None:
         """The canonical variant, unless it would not be used."""
-        return () if self.without == "shift" or not antecedents(prompt, number) else None
+        return None if self.without == "compute" and not _first(prompt, number) else ()
 
     def look_up(self, prompt: Prompt, number: int, found: Found) -> Variant | None:
-        """The canonical variant."""
+        """The canonical variant, with or without a patch for it.
+
+        Raises:
+          ReuseRefused: there is none for these antecedents, and `without` is "refuse".
+        """
         variant = super().look_up(prompt, number, found)
-        if variant is None or self.without == "shift":
+        if variant is None or self.without == "shift" or _first(prompt, number):
             return variant
-        bound = antecedents(prompt, number)
-        return variant if not bound or self.patch_key(bound) in variant.facts else None
+        if self.patch_of(variant, prompt, number) is not None:
+            return variant
+        if self.without == "compute":
+            return None
+        others = sum(isinstance(fact, KVPatch) for fact in variant.facts.values())
+        raise ReuseRefused(
+            f"chunk {number + 1} of the prompt has no {self.spec} patch for what stands in front "
+            f"of it, and {others} patches for something else; LLM.condition makes one"
+        )
 
     def patch(self, prompt: Prompt, hit: Hit, hits: Sequence[Hit], found: Found) -> KVPatch | None:
         """The patch made for the hit's antecedents; None if there is none for exactly them."""
-        bound = antecedents(prompt, hit.number)
-        return hit.variant.facts.get(self.patch_key(bound)) if bound else None
+        return self.patch_of(hit.variant, prompt, hit.number)
 
-    def patch_key(self, bound: str) -> str:
+    def patch_of(self, variant: Variant, prompt: Prompt, number: int) -> KVPatch | None:
+        """The patch that a variant has for a chunk of a prompt, if it was made of that chunk, with
+        that model, for what stands in front of it."""
+        bound = antecedents(prompt, number)
+        if bound.nothing:
+            return None
+        patch, tag = variant.facts.get(self.patch_key(bound)), prompt.model.tag
+        if patch is None and self.window:
+            return self._survivor(variant, bound, tag)
+        made = made_for(patch, variant, tag) if isinstance(patch, KVPatch) else None
+        return patch if made is not None and made.key == bound.key else None
+
+    def patch_key(self, bound: Antecedents) -> str:
         """Under which a variant's `facts` hold the patch for the antecedents `bound`."""
-        return f"kamera:{self.rank}:{self.shallow}:{self.orbit}:{bound}"
+        return self._recipe + bound.key
+
+    def patch_bytes(self, tokens: int, width: int, layers: int, item_bytes: int) -> int:
+        """What a patch takes; `width` numbers are the keys and values of a token in a layer."""
+        return max(0, layers - self.shallow) * self.rank * (tokens + width) * item_bytes
+
+    @property
+    def _recipe(self) -> str:
+        return f"kamera:{self.rank}:{self.shallow}:{self.orbit}:"
+
+    def _survivor(self, variant: Variant, bound: Antecedents, tag: str) -> KVPatch | None:
+        """The patch made for the fewest antecedents of which `bound` is what a window left."""
+        left: list[tuple[int, KVPatch]] = []
+        for name, patch in variant.facts.items():
+            if isinstance(patch, KVPatch) and name.startswith(self._recipe):
+                before = made_for(patch, variant, tag)
+                if before is not None and bound.left_of(before):
+                    left.append((len(before.chunks), patch))
+        return min(left, key=lambda entry: entry[0], default=(0, None))[1]
 
 
-def antecedents(prompt: Prompt, number: int) -> str:
-    """What a chunk of a prompt stands behind: a hash of the chunks as a set, and of the text as it
-    stands; "" for the first thing in a prompt."""
-    pieces = pieces_before(prompt, number)
-    chunks = sorted(piece.name for piece in pieces if piece.is_chunk)
-    text = [piece.name for piece in pieces if not piece.is_chunk]
-    if not chunks and not text[0]:
-        return ""
-    return "+".join(chunks) + "|" + "+".join(text)
+def _first(prompt: Prompt, number: int) -> bool:
+    return prompt.segments[number].start == 0
 
 
-def low_rank_patch(alone: KV, behind: KV, rank: int, shallow: int = 0) -> KVPatch:
+def made_for(patch: KVPatch, variant: Variant, tag: str) -> Antecedents | None:
+    """The antecedents a patch was made for; None if it was made of another chunk than the
+    variant's, or with another model."""
+    chunk, model, bound, _ = (*patch.origin.split(" "), "", "", "", "")[:4]
+    return Antecedents.parse(bound) if (chunk, model) == (variant.key.chunk, tag) else None
+
+
+def signed(patch: KVPatch, chunk: str, tag: str, bound: Antecedents) -> KVPatch:
+    """The patch with its origin: the chunk, the model, the antecedents in their order, and a digest
+    of the patch itself."""
+    digest = hashlib.blake2b(digest_size=16)
+    for array in (patch.k, patch.v, patch.k_left, patch.v_left):
+        digest.update(b"" if array is None else np.ascontiguousarray(array).tobytes())
+    return dataclasses.replace(patch, origin=f"{chunk} {tag} {bound} {digest.hexdigest()}")
+
+
+def low_rank_patch(
+    alone: KV, behind: KV, rank: int, shallow: int = 0, dtype: type[np.floating] = np.float32
+) -> KVPatch:
     """The best patch of `rank` that makes `alone` into `behind`, both at positions from 0.
 
-    Layers below `shallow`, and singular values beyond a layer's own rank, are zeros.
+    It begins at layer `shallow`. Both factors carry the root of a singular value, which keeps them
+    within the range of float16; those beyond a layer's own rank are zeros.
     """
     deltas = [b - a for a, b in zip(alone, behind, strict=True) if a is not None and b is not None]
     layers, tokens, heads, _ = deltas[0].shape
-    widths = [delta.shape[3] for delta in deltas]
+    shallow, widths = min(shallow, layers), [delta.shape[3] for delta in deltas]
     joined = np.concatenate([delta.reshape(layers, tokens, -1) for delta in deltas], axis=2)
-    left = np.zeros((layers, tokens, rank), np.float32)
-    right = np.zeros((layers, rank, joined.shape[2]), np.float32)
-    for layer in range(shallow, layers):
-        u, s, vt = np.linalg.svd(joined[layer], full_matrices=False)
-        kept = min(rank, len(s))
-        left[layer, :, :kept] = u[:, :kept] * s[:kept]
-        right[layer, :kept] = vt[:kept]
+    left = np.zeros((layers - shallow, tokens, rank), dtype)
+    right = np.zeros((layers - shallow, rank, joined.shape[2]), dtype)
+    for number, delta in enumerate(joined[shallow:]):
+        u, s, vt = np.linalg.svd(delta, full_matrices=False)
+        kept, root = min(rank, len(s)), np.sqrt(s)
+        left[number, :, :kept] = u[:, :kept] * root[:kept]
+        right[number, :kept] = root[:kept, None] * vt[:kept]
     at = heads * widths[0]
-    k = right[:, :, :at].reshape(layers, rank, heads, widths[0])
+    k = right[:, :, :at].reshape(-1, rank, heads, widths[0])
     if len(widths) == 1:
-        return KVPatch(k, None, left)
-    return KVPatch(k, right[:, :, at:].reshape(layers, rank, heads, widths[1]), left, left)
+        return KVPatch(k, None, left, l0=shallow)
+    v = right[:, :, at:].reshape(-1, rank, heads, widths[1])
+    return KVPatch(k, v, left, left, l0=shallow)
 
 
 def orders(count: int, most: int) -> Iterator[tuple[int, ...]]:

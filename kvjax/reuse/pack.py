@@ -79,14 +79,17 @@ def _patched(rows: tuple[np.ndarray, ...], patch: KVPatch, size: int) -> PackedM
         if array is None:
             return None
         rest = [(0, 0)] * array.ndim
-        rest[1] = (0, size - count)
+        rest[:2] = (patch.l0, 0), (0, size - count)
         return np.pad(array.astype(np.float32), rest)
 
     if patch.k_left is None:
         device = DevicePatch(over_tokens(patch.k), over_tokens(patch.v), None, None)  # type: ignore[arg-type]
         shape = MoveShape(size, (), patch.frame)
     else:
-        k, v = (None if x is None else x.astype(np.float32) for x in (patch.k, patch.v))
+        below = ((patch.l0, 0), *((0, 0),) * 3)
+        k, v = (
+            None if x is None else np.pad(x.astype(np.float32), below) for x in (patch.k, patch.v)
+        )
         device = DevicePatch(k, v, over_tokens(patch.k_left), over_tokens(patch.v_left))  # type: ignore[arg-type]
         shape = MoveShape(size, (patch.k_left.shape[2],), patch.frame)
     src, dst, shift = rows
@@ -131,7 +134,9 @@ def stage_prompt(
     ((start, stop),) = assembly.reused
     indices = np.arange(start, stop, dtype=np.int32)
     hits = [(m.start, m.stop) for m in assembly.moves if m.start >= assembly.exact_end]
-    shape = fit(shape_of(plan, len(indices), len(assembly.always), len(hits)))
+    stored = _entering(plan, assembly, indices)
+    width = 0 if stored is None else stored.shape[1]
+    shape = fit(shape_of(plan, len(indices), len(assembly.always), len(hits), width))
     size = shape.candidates
 
     def padded(values: Any, dtype: Any, fill: int = 0) -> np.ndarray:
@@ -141,7 +146,7 @@ def stage_prompt(
 
     behind = hits[-1][1] if hits else 0
     always = np.isin(indices, assembly.always)
-    rows, counts, thresholds = [], [], []
+    rows, counts, thresholds, floors = [], [], [], []
     for stage, sized in zip(plan.stages, shape.stages, strict=True):
         named = np.full(sized.rows, -1, np.int32)
         if isinstance(stage.rows, Spans):
@@ -151,6 +156,7 @@ def stage_prompt(
         top = stage.rows if isinstance(stage.rows, TopK) else None
         counts.append(0 if top is None else top.k)
         thresholds.append(0.0 if top is None or top.threshold is None else top.threshold)
+        floors.append(0.0 if top is None else top.floor)
     spans = np.zeros((shape.chunks, 2), np.int32)
     spans[: len(hits)] = np.asarray(hits, np.int32).reshape(-1, 2)
     table = np.zeros((1, pages_per_seq), np.int32)
@@ -167,8 +173,29 @@ def stage_prompt(
         rows=tuple(rows),
         counts=np.asarray(counts, np.int32),
         thresholds=np.asarray(thresholds, np.float32),
+        floors=np.asarray(floors, np.float32),
+        hidden=None if stored is None else np.pad(stored, ((0, size - len(stored)), (0, 0))),
     )
     return shape, batch
+
+
+def _entering(plan: Any, assembly: Assembly, indices: np.ndarray) -> np.ndarray | None:
+    """Stored hidden states f32[len(indices), hidden], zero where no stage asks for any."""
+    names = {stage.hidden for stage in plan.stages} - {None}
+    if not names:
+        return None
+    (name,) = names
+    out: np.ndarray | None = None
+    for move in assembly.moves:
+        rows = move.variant.arrays.get(name)
+        if rows is None:
+            continue
+        if out is None:
+            out = np.zeros((len(indices), rows.shape[1]), np.float32)
+        at, count = move.start - indices[0], move.stop - move.start
+        out[at : at + count] = rows[move.offset : move.offset + count]
+    assert out is not None, f"no chunk has {name}"
+    return out
 
 
 def empty_batch(shape: StagedShape, pages_per_seq: int) -> StagedBatch:
@@ -186,6 +213,8 @@ def empty_batch(shape: StagedShape, pages_per_seq: int) -> StagedBatch:
         rows=tuple(np.full(stage.rows, -1, np.int32) for stage in stages),
         counts=np.zeros(len(stages), np.int32),
         thresholds=np.zeros(len(stages), np.float32),
+        floors=np.zeros(len(stages), np.float32),
+        hidden=np.zeros((size, shape.hidden_size), np.float32) if shape.hidden_size else None,
     )
 
 

@@ -47,6 +47,7 @@ class TopK:
     score: str
     k: int
     threshold: float | None = None  # times the mean of the scores: what is below drops out
+    floor: float = 0.0  # what is below this score drops out
     layers: Literal["last", "sum"] = "last"  # "sum": added up over the layers of the stage before
     # (size, least): windows of `size` tokens that hold `least` of the k, whole, and nothing else
     window: tuple[int, int] | None = None
@@ -62,7 +63,9 @@ class Stage:
     # In the stage's last layer, where scores compare old and new KV: whether rows that are not
     # chosen keep what was just computed for them ("all"), or get the stored KV back ("chosen").
     update: Literal["all", "chosen"] = "all"
-    hidden: str | None = None  # start from these stored hidden states instead of embeddings
+    # Rows that the stage below does not run begin from hidden states that are stored with their
+    # chunk, under this name of `Variant.arrays`.
+    hidden: str | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -1,13 +1,17 @@
 """RelayCaching (arXiv 2603.13289): what a model wrote is reused where the next prompt quotes it.
 
 The KV that decoding wrote deviates from that of a full prefill in few tokens and in the middle
-layers. Every row is run in the lower layers; the tokens whose values deviate most there are run
-again up to the end of a layer range; above it stored KV is kept, and only text is run.
+layers. Below a range of layers and above it stored KV is kept; at its bottom every quoted token is
+run, and those whose values deviate, or which the question attends to, are run on to its top.
 
-The paper's text was not available: the range and the threshold are from notes of others.
-Inferred: rows of the lower layers start from the embeddings, since no hidden states are stored, and
-cost what they cost; the range is the caller's, no profile of the model is made; tokens are chosen
-by deviation alone, not also by the attention of the text behind.
+A row that is run in the range needs what enters it there. Either it is run from the embeddings on
+(`start=0`: that costs the layers below, in which it writes its KV too), or what entered layer
+`start` when the text was written is stored with it (`LLM.relay(entering=start)`), and taken for
+what would enter now: shallow deviations are small.
+
+The paper's text was not available: equations and constants are from notes of others. Inferred: both
+ways to begin; the question's attention is that of the layer in which values are compared, not of
+all layers; how a range is found (`kvjax.relay_profile`).
 """
 
 import dataclasses
@@ -15,10 +19,9 @@ from collections.abc import Sequence
 from typing import ClassVar
 
 from kvjax.cache.chunks import Variant
+from kvjax.reuse.entering import entering_name
 from kvjax.reuse.plan import Spans, Stage, StagedPlan, TopK, rest_of
 from kvjax.reuse.strategy import CanonicalChunks, Found, Hit, Prompt, Tokens, count_of, ratio_of
-
-_SCORE = "value_angle"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,25 +29,36 @@ class RelayCaching(CanonicalChunks):
     """Outputs kept by `LLM.relay`, and canonical chunks where no output has these tokens.
 
     Args:
-      detect: layers at the bottom in which every row is run; values are compared in the last.
+      start: the first layer in which quoted tokens are run, from stored hidden states; 0: from the
+        embeddings. Chunks that have none stored are run from there in any case.
+      detect: layers from here on run only what is chosen; values are compared in the one below.
       end: layers from here on run no reused token; None: the range reaches the top.
       threshold: tokens are run again whose 1 - cosine is at least this many times the mean.
+      influence: and those to which the question attends this many times the mean; 0: not by that.
+      suffix: tokens at the end of the question whose attention counts.
       most: share of the reused tokens that are run again at most, which bounds the work.
     """
 
     name: ClassVar[str] = "relaycaching"
+    query_aware: ClassVar[bool] = True
+    start: int = 0
     detect: int = 2
     end: int | None = None
     threshold: float = 1.5
+    influence: float = 1.45
+    suffix: int = 10
     most: float = 0.5
 
     def __post_init__(self) -> None:
-        count_of("detect", self.detect, 1)
+        count_of("start", self.start)
+        count_of("detect", self.detect, self.start + 1)
         if self.end is not None:
             count_of("end", self.end, self.detect)
-        number = isinstance(self.threshold, int | float) and not isinstance(self.threshold, bool)
-        if not number or self.threshold < 0:
-            raise ValueError(f"threshold must be a number of at least 0, got {self.threshold!r}")
+        for name, value in (("threshold", self.threshold), ("influence", self.influence)):
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            if not number or not value >= 0:
+                raise ValueError(f"{name} must be a number of at least 0, got {value!r}")
+        count_of("suffix", self.suffix, 1)
         ratio_of("most", self.most)
 
     def wanted(self, prompt: Prompt, number: int, found: Found) -> Tokens | None:
@@ -57,20 +71,39 @@ class RelayCaching(CanonicalChunks):
         return _written(prompt, number, found) or super().look_up(prompt, number, found)
 
     def select(self, prompt: Prompt, hits: Sequence[Hit]) -> Spans | StagedPlan:
-        """Every row, then what deviates, then text alone."""
+        """Every row, then what deviates or matters, then text alone."""
         layers = prompt.model.num_layers
         if self.detect >= layers or not hits:
             return Spans(tuple((hit.start, hit.stop) for hit in hits))
         end = layers if self.end is None else min(self.end, layers)
         reused = sum(hit.stop - hit.start for hit in hits)
-        everything = Spans(rest_of((), prompt.num_exact, prompt.num_tokens - 1))
-        deviating = TopK(_SCORE, int(self.most * reused), self.threshold)
+        chosen = self._choice(int(self.most * reused))
         stages = [
-            Stage(0, self.detect, everything),
-            Stage(self.detect, end, deviating),
-            Stage(end, layers, TopK(_SCORE, 0)),  # text is always run, and nothing else is
+            *self._lower(prompt, hits),
+            Stage(self.detect, end, chosen),
+            Stage(end, layers, TopK(chosen.score, 0)),  # text is always run, and nothing else is
         ]
         return StagedPlan(tuple(stage for stage in stages if stage.l0 < stage.l1))
+
+    def _lower(self, prompt: Prompt, hits: Sequence[Hit]) -> list[Stage]:
+        """The stages up to `detect`: what has nothing stored from the embeddings on, the rest from
+        `start` on."""
+        end, name = prompt.num_tokens - 1, entering_name(self.start)
+        everything = Spans(rest_of((), prompt.num_exact, end))
+        stored = [(hit.start, hit.stop) for hit in hits if name in hit.variant.arrays]
+        if not self.start or not stored:
+            return [Stage(0, self.detect, everything)]
+        rest = Spans(rest_of(stored, prompt.num_exact, end))
+        lower = [Stage(0, self.start, rest)] if rest.spans else []
+        return [*lower, Stage(self.start, self.detect, everything, hidden=name)]
+
+    def _choice(self, most: int) -> TopK:
+        if not self.influence:
+            return TopK("value_angle", most, self.threshold)
+        if not self.threshold:  # everything deviates that much
+            return TopK("value_angle", most, 0.0)
+        numbers = f"{self.threshold},{self.influence},{self.suffix}"
+        return TopK(f"deviation_or_influence:{numbers}", most, floor=1.0)
 
 
 def _written(prompt: Prompt, number: int, found: Found) -> Variant | None:

@@ -148,14 +148,42 @@ def attention_value_deviation(layer: Layer) -> Array:
     return layer.columns(layer.ids >= 0) * layer.to_candidates(distance)
 
 
-# By the name that `TopK.score` gives; one from outside is one more entry.
-SCORES: dict[str, Score] = {
+def deviation_or_influence(
+    layer: Layer, deviation: float, influence: float, observers: float
+) -> Array:
+    """At least 1 for a key that RelayCaching (arXiv 2603.13289) runs again: whose value's angle is
+    `deviation` times the mean or more, or to which the last `observers` rows of the question pay
+    `influence` times the mean attention or more. Means are over the tokens of chunks."""
+    starts, stops = layer.chunks[:, 0, None], layer.chunks[:, 1, None]
+    reused = ((layer.indices >= starts) & (layer.indices < stops)).any(axis=0)
+    last = jnp.where(layer.question, layer.indices, -1).max() - observers
+    watching = layer.question & (layer.indices > last)
+    paid = layer.columns(watching[jnp.maximum(layer.ids, 0)])
+
+    def of_mean(scores: Array) -> Array:
+        mean = jnp.where(reused, scores, 0).sum() / jnp.maximum(reused.sum(), 1)
+        return scores / jnp.maximum(mean, 1e-30)
+
+    return jnp.maximum(of_mean(value_angle(layer)) / deviation, of_mean(paid) / influence)
+
+
+# By the name that `TopK.score` gives; one from outside is one more entry. Numbers behind a colon
+# are further arguments: "deviation_or_influence:1.5,1.45,10".
+SCORES: dict[str, Callable[..., Array]] = {
     "key_deviation": key_deviation,
     "value_deviation": value_deviation,
     "kv_deviation": kv_deviation,
     "attention_value_deviation": attention_value_deviation,
     "value_angle": value_angle,
+    "deviation_or_influence": deviation_or_influence,
     "question_attention": question_attention,
     "question_attention_within": question_attention_within,
     "question_chunk_attention": question_chunk_attention,
 }
+
+
+def find_score(name: str) -> Score:
+    """The score of a `TopK`."""
+    base, _, numbers = name.partition(":")
+    given = [float(number) for number in numbers.split(",")] if numbers else []
+    return lambda layer: SCORES[base](layer, *given)

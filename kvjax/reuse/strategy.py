@@ -36,6 +36,7 @@ class ModelFacts(NamedTuple):
     hidden_size: int
     kv_token_bytes: int  # over all layers
     hidden_token_bytes: int  # hidden states of one token entering every layer, float32 halved
+    tag: str = ""  # tells its stored KV from that of other models
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -105,11 +106,11 @@ class Hit:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class KVPatch:
-    """What is added to the KV of a hit's tokens, per layer, in float32.
+    """What is added to the KV of a hit's tokens, per layer, in float32 or float16.
 
     Dense: `k`, `v` are `[layers, tokens, kv_heads, width]`. Low rank: `k_left [layers, tokens,
     rank]` times `k` `[layers, rank, kv_heads, width]`, and the same for values. "source": before
-    keys are turned; "target": after.
+    keys are turned; "target": after. Layers count from `l0` on; those below get nothing.
     """
 
     k: np.ndarray
@@ -118,6 +119,7 @@ class KVPatch:
     v_left: np.ndarray | None = None
     frame: str = "source"
     origin: str = ""  # what it was made of, where the same hit may get another one later
+    l0: int = 0
 
     @property
     def rank(self) -> int | None:

@@ -10,6 +10,7 @@ from kvjax import LLM, SamplingParams
 from kvjax.cache.chunks import VariantKey, tokens_hash
 from kvjax.errors import PromptTooLong
 from kvjax.request import Chunk, RequestOutput
+from kvjax.reuse import parse
 from kvjax.reuse.kamera import Kamera, low_rank_patch, orders
 from kvjax.reuse.strategy import KVPatch
 from tests.tiny_model import tiny
@@ -19,7 +20,7 @@ B = "packmyboxwithfivedozen"
 C = "sphinxofblackquartz"
 SYSTEM, QUESTION = "answerfrom", "whatisinthebox"
 PARAMS = SamplingParams(max_tokens=4, temperature=0, logprobs=8)
-FULL = "kamera:rank=32"  # no chunk here is longer
+FULL = "kamera:rank=32,most=40"  # no chunk here is longer; a full rank is never worth its bytes
 
 
 @pytest.fixture(scope="module")
@@ -49,14 +50,11 @@ def patch_of(llm: LLM, text: str, spec: str, salt: str | None = None) -> KVPatch
     """The one patch of a chunk that was made with `spec`."""
     variant = llm.engine.chunks.store.get(VariantKey(salt, tokens_hash(map(ord, text)), ""))
     assert variant is not None
-    kind = f"kamera:{Kamera(**_options(spec)).rank}:"
+    strategy = parse(spec)
+    assert isinstance(strategy, Kamera)
+    kind = f"kamera:{strategy.rank}:"
     (patch,) = [p for key, p in variant.facts.items() if key.startswith(kind)]
     return patch
-
-
-def _options(spec: str) -> dict[str, Any]:
-    pairs = (item.split("=") for item in spec.partition(":")[2].split(","))
-    return {key: int(value) for key, value in pairs}
 
 
 @pytest.mark.parametrize(
@@ -85,8 +83,8 @@ def test_a_patch_of_full_rank_is_the_joint_encoding(llm, prompt):
 
 def test_layer_0_needs_no_patch(llm):
     """There KV depends on the token and its position alone."""
-    llm.condition([SYSTEM, Chunk("jackdawslovemybig"), QUESTION], strategy="kamera:rank=20")
-    patch = patch_of(llm, "jackdawslovemybig", "kamera:rank=20")
+    llm.condition([SYSTEM, Chunk("jackdawslovemybig"), QUESTION], strategy="kamera:rank=20,most=40")
+    patch = patch_of(llm, "jackdawslovemybig", "kamera:rank=20,most=40")
     assert patch.k_left is not None
     added = np.einsum("ltr,lrhw->lthw", patch.k_left, patch.k)
     assert np.abs(added[0]).max() < 1e-4
@@ -132,12 +130,14 @@ def test_a_latent_is_patched_without_values():
 
 
 def test_shallow_layers_get_no_patch(llm):
-    spec = "kamera:rank=18,shallow=2"
-    llm.condition([SYSTEM, Chunk(C), QUESTION], strategy=spec)
+    spec = "kamera:rank=21,shallow=1,most=40"
+    prompt = [SYSTEM, Chunk(C), QUESTION]
+    done = llm.condition(prompt, strategy=spec)
     patch = patch_of(llm, C, spec)
-    assert not patch.k.any()
-    assert patch.k_left is not None
-    assert not patch.k_left.any()
+    assert (patch.l0, patch.k.shape[0]) == (1, 1)
+    assert done.patch_bytes == patch.num_bytes == 21 * (len(C) + 256) * 4
+    full = run(llm, prompt, None)  # layer 0 needs no patch
+    assert distance(run(llm, prompt, spec), full) < 1e-4
 
 
 STALE = {
@@ -166,7 +166,7 @@ def test_a_patch_of_one_rank_or_tenant_does_not_serve_another(llm):
     llm.condition(prompt, strategy=FULL, cache_salt="a")
     assert run(llm, prompt, FULL, cache_salt="a").reuse.patched == len(A) + len(B)
     assert run(llm, prompt, FULL, cache_salt="b").reuse.patched == 0
-    assert run(llm, prompt, "kamera:rank=31", cache_salt="a").reuse.patched == 0
+    assert run(llm, prompt, "kamera:rank=31,most=40", cache_salt="a").reuse.patched == 0
 
 
 def test_a_patch_serves_the_same_antecedents_in_another_order(llm):
@@ -179,7 +179,7 @@ def test_a_patch_serves_the_same_antecedents_in_another_order(llm):
 def test_an_orbit_patch_is_the_mean_over_orders_which_are_near_each_other(llm):
     deltas = []
     for rank, order, orbit in ((32, (A, B), 1), (33, (B, A), 1), (34, (A, B), 2)):
-        spec = f"kamera:rank={rank},orbit={orbit}"
+        spec = f"kamera:rank={rank},orbit={orbit},most=40"
         llm.condition([SYSTEM, *map(Chunk, order), Chunk(C)], strategy=spec, cache_salt="orbit")
         patch = patch_of(llm, C, spec, "orbit")
         assert patch.k_left is not None
@@ -212,7 +212,7 @@ def test_bytes_are_counted_and_patches_are_made_once(llm):
 @pytest.mark.parametrize(
     ("options", "message"),
     [("rank=0", "at least 1"), ("shallow=-1", "at least 0"), ("orbit=0", "at least 1"),
-     ("without=drop", "without must be")],
+     ("most=-1", "at least 0"), ("without=drop", "without must be"), ("window=1", "bool")],
 )  # fmt: skip
 def test_wrong_options_are_refused(llm, options, message):
     with pytest.raises(ValueError, match=message):

@@ -78,7 +78,7 @@ def test_a_kept_chunk_is_what_the_prompt_holds_with_keys_turned_back(llm):
     np.testing.assert_array_equal(alone_v, v[:, start : start + len(SECOND)])
     llm.chunks.put([SECOND], strategy="naive")
     (canonical,) = (x for x in llm.engine.chunks.store if x.key.context == "")
-    k, _ = llm.chunks.read(canonical)
+    k, _ = llm.engine.chunks.read(canonical)
     np.testing.assert_allclose(alone_k[0], k[0], atol=1e-4)  # layer 0 has no context
     assert np.abs(alone_k[1] - k[1]).max() > 0.01
 

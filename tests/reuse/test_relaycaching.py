@@ -9,12 +9,14 @@ import numpy as np
 import pytest
 
 from kvjax import LLM, SamplingParams
-from kvjax.cache.chunks import Variant, tokens_hash
+from kvjax.cache.chunks import Variant, VariantKey, tokens_hash
 from kvjax.request import Chunk, RequestOutput
-from kvjax.reuse.plan import Spans, TopK
+from kvjax.reuse import scores
+from kvjax.reuse.plan import Spans, StagedPlan, TopK
 from kvjax.reuse.relaycaching import RelayCaching
 from kvjax.reuse.scores import Layer, value_angle
 from kvjax.reuse.strategy import Hit, ModelFacts, Prompt, Segment
+from tests.reuse.families import deep_llm, deep_model
 from tests.tiny_model import END, tiny
 
 FIRST, SYSTEM, QUESTION = "thequickbrownfox", "answerfrom", "whatisinthebox"
@@ -29,9 +31,11 @@ def llm() -> LLM:
     return tiny(LLM, fresh=True, num_pages=160, max_model_len=256)
 
 
-def relay(llm: LLM, prompt: Any = FIRST, **options: Any) -> tuple[int, ...]:
+def relay(
+    llm: LLM, prompt: Any = FIRST, entering: int | None = None, **options: Any
+) -> tuple[int, ...]:
     """Tokens of one output that is kept."""
-    (out,) = llm.relay([prompt], dataclasses.replace(GREEDY, **options))
+    (out,) = llm.relay([prompt], dataclasses.replace(GREEDY, **options), entering=entering)
     assert out.error is None
     llm.engine.check_integrity()
     return out.outputs[0].token_ids
@@ -101,7 +105,7 @@ def test_what_deviates_is_run_again_within_the_bound(llm):
     prompt = [SYSTEM, Chunk(tokens), QUESTION]
     (variant,) = written(llm, tokens)
     counts = [
-        run(llm, prompt, f"{RELAY},threshold={t},most={m}").reuse.groups[-1].recomputed
+        run(llm, prompt, f"{RELAY},threshold={t},influence=0,most={m}").reuse.groups[-1].recomputed
         for t, m in ((0, 1), (0, 0.25), (1.5, 1), (1000, 1))
     ]
     count = variant.num_tokens
@@ -195,15 +199,138 @@ def test_value_angle_is_one_minus_the_cosine():
     np.testing.assert_allclose(value_angle(layer), expected, atol=1e-6)
 
 
+def staged(strategy: RelayCaching, prompt: Prompt, hits: list[Hit]) -> StagedPlan:
+    plan = strategy.select(prompt, hits)
+    assert isinstance(plan, StagedPlan)
+    return plan
+
+
 def test_stages_are_the_layer_range():
     prompt = Prompt(tuple(range(30)), (Segment(5, 25, "c"),), None, ModelFacts(12, 8, 1, 1), 2)
-    hit = Hit(0, prompt.segments[0], Any, 5, 25)  # type: ignore[arg-type]
-    plan = RelayCaching(detect=3, end=9, most=0.4).select(prompt, [hit])
-    assert not isinstance(plan, Spans)
+    variant = Variant(VariantKey(None, "c", ""), np.zeros(20, np.int64), 0, [0], 0)
+    hit = Hit(0, prompt.segments[0], variant, 5, 25)
+    plan = staged(RelayCaching(detect=3, end=9, most=0.4), prompt, [hit])
     assert [(s.l0, s.l1) for s in plan.stages] == [(0, 3), (3, 9), (9, 12)]
     assert plan.stages[0].rows == Spans(((2, 29),))
-    assert plan.stages[1].rows == TopK("value_angle", 8, 1.5)
-    assert plan.stages[2].rows == TopK("value_angle", 0)
+    union = "deviation_or_influence:1.5,1.45,10"
+    assert plan.stages[1].rows == TopK(union, 8, floor=1.0)
+    assert plan.stages[2].rows == TopK(union, 0)
+    plan = staged(RelayCaching(influence=0), prompt, [hit])
+    assert plan.stages[1].rows == TopK("value_angle", 10, 1.5)
+
+
+def test_what_is_stored_enters_at_start_and_the_rest_comes_from_the_embeddings():
+    segments = (Segment(5, 15, "c"), Segment(15, 25, "d"))
+    prompt = Prompt(tuple(range(30)), segments, None, ModelFacts(12, 8, 1, 1), 2)
+    written, plain = (
+        Variant(VariantKey(None, name, ""), np.zeros(10, np.int64), 0, [0], 0) for name in "cd"
+    )
+    hits = [Hit(0, segments[0], written, 5, 15), Hit(1, segments[1], plain, 15, 25)]
+    strategy = RelayCaching(start=2, detect=4, end=9)
+    assert [s.l0 for s in staged(strategy, prompt, hits).stages] == [0, 4, 9]
+    written.arrays["entering:2"] = np.zeros((10, 8), np.float32)
+    plan = staged(strategy, prompt, hits)
+    assert [(s.l0, s.l1, s.hidden) for s in plan.stages] == [
+        (0, 2, None), (2, 4, "entering:2"), (4, 9, None), (9, 12, None),
+    ]  # fmt: skip
+    assert plan.stages[0].rows == Spans(((2, 5), (15, 29)))
+    assert plan.stages[1].rows == Spans(((2, 29),))
+
+
+BELOW = "relaycaching:start=1,detect=2"
+
+
+@pytest.fixture(scope="module")
+def deep() -> LLM:
+    """Of three layers, so that there is one below, in and above a range."""
+    return deep_llm()
+
+
+def test_what_is_kept_is_what_enters_the_layer(deep):
+    """Layer 1 of a full prefill has the keys and values that the kept states give."""
+    tokens = relay(deep, entering=1, cache_salt="enter")
+    (variant,) = written(deep, tokens, "enter")
+    rows = variant.arrays["entering:1"]
+    assert rows.shape == (variant.num_tokens, 64)
+    positions = variant.base + jnp.arange(variant.num_tokens)
+    _, k, v = deep_model().project(1, jnp.asarray(rows), positions)
+    assert v is not None
+    stored_k, stored_v = deep.chunks.read(variant)  # keys turned back to positions from 0
+    _, turned, _ = deep_model().project(1, jnp.asarray(rows), positions - variant.base)
+    assert stored_v is not None
+    np.testing.assert_allclose(v, stored_v[1], atol=1e-4)
+    np.testing.assert_allclose(turned, stored_k[1], atol=1e-4)
+    assert np.abs(np.asarray(k) - turned).max() > 0.01
+
+
+def test_beginning_mid_stack_behind_its_own_context_is_a_full_prefill(deep):
+    """There what is stored is what enters; a prefix in front keeps the hit from being exact."""
+    tokens = relay(deep, entering=1, cache_salt="own")
+    prompt = [FIRST, Chunk(tokens), Chunk(DOCUMENT), QUESTION]
+    full = run(deep, prompt, None, cache_salt="own")
+    spec = f"{BELOW},threshold=0,most=1"
+    assert distance(run(deep, prompt, spec, cache_salt="own"), full) < 1e-4
+
+
+@pytest.mark.slow
+def test_beginning_mid_stack_runs_quoted_tokens_in_the_range_alone(deep):
+    tokens = relay(deep, entering=1, cache_salt="mid")
+    prompt = [SYSTEM, Chunk(tokens), QUESTION]
+    spec = f"{BELOW},end=2"
+    out = run(deep, prompt, spec, cache_salt="mid")
+    (variant,) = written(deep, tokens, "mid")
+    count = variant.num_tokens
+    assert [(g.l0, g.l1, g.recomputed, g.shifted) for g in out.reuse.groups] == [
+        (0, 1, 0, count), (1, 2, count, 0), (2, 3, 0, count),
+    ]  # fmt: skip
+    from_embeddings = run(deep, prompt, "relaycaching:detect=2,end=2", cache_salt="mid")
+    assert out.reuse.run_layer_tokens == from_embeddings.reuse.run_layer_tokens - count
+    full = run(deep, prompt, None, cache_salt="mid")
+    assert 1e-4 < distance(out, full) < 1
+
+
+def test_a_layer_that_is_not_there_is_refused(deep):
+    for entering in (0, 3):
+        with pytest.raises(ValueError, match=r"entering must be a layer in 1\.\.2"):
+            deep.relay([FIRST], GREEDY, entering=entering)
+
+
+@pytest.mark.slow
+def test_influence_adds_what_the_question_attends_to(llm):
+    tokens = relay(llm)
+    prompt = [SYSTEM, Chunk(tokens), QUESTION]
+    (variant,) = written(llm, tokens)
+    everything, nothing = (
+        run(llm, prompt, f"{RELAY},threshold=1000,influence={i},most=1").reuse.groups[-1].recomputed
+        for i in (1e-6, 1000)
+    )
+    assert (everything, nothing) == (variant.num_tokens, 0)
+    union, alone = (
+        run(llm, prompt, f"{RELAY},threshold=1.5,influence={i},most=1").reuse.groups[-1].recomputed
+        for i in (1.0, 1000)
+    )
+    assert variant.num_tokens > union > alone > 0
+
+
+def test_the_union_is_of_either_over_its_mean(monkeypatch):
+    """Three chunk tokens and two of text: angles 0, 1, 2 (mean 1), attention 6, 0, 0 (mean 2)."""
+    unused: Any = None
+    layer = Layer(
+        unused, 0, unused, unused, unused, unused, ids=jnp.array([0, 1, 2, 3, 4]),
+        indices=jnp.arange(5), question=jnp.array([0, 0, 0, 1, 1], bool),
+        chunks=jnp.array([[0, 3], [0, 0]]), old=unused, new=unused,
+    )  # fmt: skip
+    observing = []
+
+    def columns(self, observers):
+        observing.append(np.asarray(observers).tolist())
+        return jnp.array([6.0, 0, 0, 9, 9])
+
+    monkeypatch.setattr(Layer, "columns", columns)
+    monkeypatch.setitem(vars(scores), "value_angle", lambda _: jnp.array([0.0, 1, 2, 7, 7]))
+    found = scores.find_score("deviation_or_influence:1.5,2,1")(layer)
+    np.testing.assert_allclose(found[:3], [1.5, 1 / 1.5, 2 / 1.5], rtol=1e-6)
+    assert observing == [[False, False, False, False, True]]  # the last one only
 
 
 @pytest.mark.parametrize(
@@ -213,6 +340,9 @@ def test_stages_are_the_layer_range():
         ({"detect": 4, "end": 3}, "at least 4"),
         ({"threshold": -1}, "at least 0"),
         ({"most": 2}, r"\[0, 1\]"),
+        ({"start": 2, "detect": 2}, "at least 3"),
+        ({"influence": -1}, "influence must be a number of at least 0"),
+        ({"suffix": 0}, "at least 1"),
     ],
 )
 def test_wrong_options_are_refused(options, message):
