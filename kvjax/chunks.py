@@ -90,6 +90,10 @@ class Chunks:
         """Whether prompts wait for chunks, or finished ones are to be stored."""
         return bool(self._waiting or self._jobs)
 
+    def encoding(self, tokens: Tokens, context: Tokens = (), salt: str | None = None) -> bool:
+        """Whether a variant is on its way."""
+        return VariantKey(salt, tokens_hash(tokens), context_hash(context)) in self._jobs
+
     def hold_back(self, request: Request) -> bool:
         """Starts encoding what `request` wants and does not find; whether it has to wait."""
         strategy: Strategy | None = request.strategy
