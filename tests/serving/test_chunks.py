@@ -254,7 +254,7 @@ def test_one_tenants_chunks_and_reports_are_invisible_to_another(tiny_path, tmp_
 
 def test_an_evicted_chunk_is_computed_again_when_it_is_named(chunked):
     chunk = put(chunked, B + "once more")
-    chunked.engine.chunks.store.clear()
+    chunked.drop_chunks()
     assert chunked.get(f"/v1/kv/chunks/{chunk['id']}")[1]["stored"] is False
     answer = complete(chunked, prompt=ASK, chunks=["lead", {"id": chunk["id"]}])
     assert answer["usage"]["prompt_tokens_details"]["shifted_tokens"] == chunk["tokens"] - 2
