@@ -379,6 +379,15 @@ class RequestList(Reply):
     requests: list[RequestSummary]
 
 
+class PromptSegment(Reply):
+    """Tokens of a prompt that share a fate; "waiting": nothing has become of them yet."""
+
+    start: int
+    end: int
+    fate: Fate | Literal["waiting"]
+    text: str  # a long one without its middle
+
+
 class OccupyingRequest(Reply):
     """A sequence that runs or waits."""
 
@@ -389,7 +398,7 @@ class OccupyingRequest(Reply):
     computed: int
     output: int
     pages: int
-    texts: list[str] | None  # of the prompt: reused, computed, still to be computed
+    segments: list[PromptSegment] | None
 
 
 class TreeNode(Reply):

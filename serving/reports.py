@@ -4,7 +4,7 @@ import collections
 import dataclasses
 import itertools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -77,14 +77,13 @@ def prefix_report(num_tokens: int, cached: int) -> ReuseReport:
     return ReuseReport("prefix", ((0, 1),), fates)
 
 
-def segments(fates: np.ndarray) -> list[tuple[int, int, str]]:
-    """Runs of tokens with one fate, as `(start, end, fate)`."""
+def runs(fates: np.ndarray, names: Sequence[str] = FATES) -> list[tuple[int, int, str]]:
+    """Runs of tokens with one fate, as `(start, end, its name)`."""
     ends = [0, *(np.flatnonzero(np.diff(fates)) + 1).tolist(), fates.size]
-    return [(a, b, FATES[fates[a]]) for a, b in itertools.pairwise(ends) if a < b]
+    return [(a, b, names[fates[a]]) for a, b in itertools.pairwise(ends) if a < b]
 
 
 def _told(ids: np.ndarray, cached: int, report: ReuseReport, decode: Decode) -> dict[str, Any]:
-    runs = segments(report.fates[-1])
     return {
         "prompt_tokens": ids.size,
         "cached_tokens": cached,
@@ -97,6 +96,6 @@ def _told(ids: np.ndarray, cached: int, report: ReuseReport, decode: Decode) -> 
         ],
         "segments": [
             {"start": a, "end": b, "fate": fate, "text": decode(ids[a:b].tolist())}
-            for a, b, fate in runs
+            for a, b, fate in runs(report.fates[-1])
         ],
     }

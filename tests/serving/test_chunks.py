@@ -15,20 +15,20 @@ from kvjax.serving.keys import ANYBODY, Tenant
 from kvjax.serving.marking import StandIns
 from kvjax.serving.put_chunks import PutChunks
 from kvjax.serving.schemas import ChunkPart
-from tests.serving.live_server import Client, serving
+from tests.serving.live_server import Client
 
 A, B = "The fox is red and lives in a den. ", "The hen is white and lays one egg a day. "
 ASK = "What colour is the hen?"
 EPIC = "epic:k=2"
 BODY: dict[str, Any] = {"temperature": 0, "max_tokens": 6, "ignore_eos": True, "reuse": EPIC}
-KEYS = {name: f"{name}-" + "k" * 20 for name in ("alice", "bob", "ops")}
 
 
-@pytest.fixture(scope="module")
-def chunked(tiny_path, tmp_path_factory) -> Iterator[Client]:
-    with serving(tiny_path, {"force_reuse": True}) as client:
-        yield client
-        client.settled()
+@pytest.fixture
+def chunked(served: Client) -> Iterator[Client]:
+    """The shared server; it lets every strategy through, and goes on without these chunks."""
+    served.drop_chunks()
+    yield served
+    served.drop_chunks()
 
 
 def put(client: Client, text: str, **more: Any) -> dict[str, Any]:
@@ -202,54 +202,17 @@ def test_what_cannot_be_put_is_told(chunked, body, status, says):
     assert says in answer["error"]["message"]
 
 
-def test_a_strategy_that_was_not_measured_is_refused_with_what_to_do(served):
-    body = {**BODY, "prompt": "x", "chunks": ["abc"]}
-    status, answer = served.post("/v1/completions", body)
-    assert (status, answer["error"]["param"]) == (400, "reuse")
-    assert "kvjax reuse check" in answer["error"]["message"]
-
-
-def test_pins_leave_room_for_others(tiny_path):
-    with serving(tiny_path, {"force_reuse": True}, max_pinned_share=0.05) as client:
-        capacity = client.get("/v1/kv/stats")[1]["chunks"]["capacity_pages"]
-        statuses = []
-        for number in range(int(0.05 * capacity) + 2):
-            body = {"text": f"{number:02}", "pin": True}
-            statuses.append(client.post("/v1/kv/chunks", body)[0])
-        assert statuses[0] == 200
-        assert statuses[-1] == 409
-        assert statuses.count(200) == int(0.05 * capacity)
-
-
-def test_one_tenants_chunks_and_reports_are_invisible_to_another(tiny_path, tmp_path):
-    file = tmp_path / "keys.txt"
-    file.write_text("\n".join(f"{name} {key}" for name, key in KEYS.items()) + " operator\n")
-    head = {name: {"Authorization": f"Bearer {key}"} for name, key in KEYS.items()}
-    with serving(tiny_path, {"force_reuse": True}, api_key_file=file) as client:
-        status, chunk = client.post("/v1/kv/chunks", {"text": A}, **head["alice"])
-        assert status == 200
-        path = f"/v1/kv/chunks/{chunk['id']}"
-        named = {**BODY, "prompt": ASK, "chunks": ["1. ", {"id": chunk["id"]}]}
-        status, answer = client.post("/v1/completions", named, **head["alice"])
-        assert status == 200
-        reuse = f"/v1/kv/requests/{answer['id']}/reuse"
-        assert client.get(reuse, **head["alice"])[0] == 200
-        for other in ("bob", "ops"):
-            assert client.get("/v1/kv/chunks", **head[other])[1]["data"] == []
-            assert client.get(path, **head[other])[0] == 404
-            assert client.post(f"{path}/pin", {}, **head[other])[0] == 404
-            assert client.request("DELETE", path, headers=head[other]).status == 404
-            assert client.post("/v1/completions", named, **head[other])[0] == 404
-            assert client.get(reuse, **head[other])[0] == 404
-            assert client.get("/v1/kv/requests", **head[other])[1]["requests"] == []
-        said = {**BODY, "prompt": ASK, "chunks": ["1. ", A]}
-        uses = client.get(path, **head["alice"])[1]["uses"]
-        assert uses == 1
-        computed = client.engine.runner.real_tokens
-        assert client.post("/v1/completions", said, **head["bob"])[0] == 200
-        assert client.engine.runner.real_tokens - computed >= len(A), "it was really computed"
-        assert client.get(path, **head["alice"])[1]["uses"] == uses
-        assert client.get("/v1/kv/stats", **head["alice"])[0] == 403
+def test_pins_leave_room_for_others(chunked):
+    capacity = chunked.get("/v1/kv/stats")[1]["chunks"]["capacity_pages"]
+    size, pages = chunked.engine.spec.page_size, 15
+    fit = capacity // 2 // pages
+    bodies = [{"text": f"{i}".rjust(size * pages, "."), "pin": True} for i in range(fit + 1)]
+    statuses = [chunked.post("/v1/kv/chunks", body)[0] for body in bodies]
+    assert statuses == [200] * fit + [409]
+    assert chunked.get("/v1/kv/stats")[1]["chunks"]["pinned"] == fit
+    chunk = put(chunked, bodies[0]["text"], pin=True)
+    assert chunked.post(f"/v1/kv/chunks/{chunk['id']}/unpin", {})[0] == 200
+    assert put(chunked, bodies[-1]["text"], pin=True)["pinned"] is True
 
 
 def test_an_evicted_chunk_is_computed_again_when_it_is_named(chunked):
