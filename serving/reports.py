@@ -80,7 +80,7 @@ def prefix_report(num_tokens: int, cached: int) -> ReuseReport:
 def runs(fates: np.ndarray, names: Sequence[str] = FATES) -> list[tuple[int, int, str]]:
     """Runs of tokens with one fate, as `(start, end, its name)`."""
     ends = [0, *(np.flatnonzero(np.diff(fates)) + 1).tolist(), fates.size]
-    return [(a, b, names[fates[a]]) for a, b in itertools.pairwise(ends) if a < b]
+    return [(a, b, names[int(fates[a])]) for a, b in itertools.pairwise(ends) if a < b]
 
 
 def _told(ids: np.ndarray, cached: int, report: ReuseReport, decode: Decode) -> dict[str, Any]:
