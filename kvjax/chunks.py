@@ -90,10 +90,6 @@ class Chunks:
         """Whether prompts wait for chunks, or finished ones are to be stored."""
         return bool(self._waiting or self._jobs)
 
-    def encoding(self, tokens: Tokens, context: Tokens = (), salt: str | None = None) -> bool:
-        """Whether a variant is on its way."""
-        return VariantKey(salt, tokens_hash(tokens), context_hash(context)) in self._jobs
-
     def hold_back(self, request: Request) -> bool:
         """Starts encoding what `request` wants and does not find; whether it has to wait."""
         strategy: Strategy | None = request.strategy
@@ -262,3 +258,7 @@ class Chunks:
         key = self.encode(tokens, context, salt, strategy or Strategy())
         wanted = VariantKey(salt, tokens_hash(tokens), context_hash(context))
         return key is not None or self.store.get(wanted) is not None
+
+    def is_encoding(self, key: VariantKey) -> bool:
+        """Whether a variant is on its way."""
+        return key in self._jobs

@@ -7,9 +7,10 @@ import asyncio
 from collections.abc import Iterable
 from typing import Any
 
-from kvjax.cache.chunks import Variant, tokens_hash
+from kvjax.cache.chunks import Variant, VariantKey, tokens_hash
 from kvjax.engine import Engine
 from kvjax.reuse import Strategy
+from kvjax.reuse.strategy import context_hash
 from kvjax.serving.errors import APIError
 from kvjax.serving.keys import Tenant
 from kvjax.serving.marking import Reader, no_chunk, stored_tokens
@@ -47,15 +48,16 @@ async def _encode(
     service: Service, tokens: list[int], salt: str | None, strategy: Strategy | None
 ) -> None:
     """Has the KV of a chunk computed. Looks between any two steps whether it is there."""
-    llm, key, store = service.llm, tuple(tokens), service.llm.engine.chunks.store
-    chunks, pages = llm.engine.chunks, -(-len(tokens) // llm.engine.spec.page_size)
+    llm, chunks = service.llm, service.llm.engine.chunks
+    store, pages = chunks.store, -(-len(tokens) // llm.engine.spec.page_size)
+    key = VariantKey(salt, tokens_hash(tokens), context_hash(()))
     if pages > store.capacity_pages:
         size = store.capacity_pages * llm.engine.spec.page_size
         raise ValueError(f"the chunk has {len(tokens)} tokens; chunk_cache_share leaves {size}")
-    started = await llm.call(lambda: chunks.put(key, (), salt, strategy))
-    while started and await llm.call(lambda: chunks.encoding(key, (), salt)):
+    await llm.call(lambda: chunks.put(tuple(tokens), (), salt, strategy))
+    while await llm.call(lambda: chunks.is_encoding(key)):
         pass
-    if not await llm.call(lambda: bool(store.variants(salt, tokens_hash(key)))):
+    if not await llm.call(lambda: store.get(key) is not None):
         text = "chunks in use or pinned leave no room for another"
         headers = {"Retry-After": "5"}
         raise APIError(503, text, code="chunk_store_full", headers=headers)

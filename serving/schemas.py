@@ -6,7 +6,7 @@ A field that nobody knows is refused: a misspelt one would otherwise be ignored 
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from kvjax.request import MAX_LOGIT_BIAS, MAX_LOGPROBS, SamplingParams, StructuredOutputs
 from kvjax.serving.keys import Tenant
@@ -56,6 +56,17 @@ class ChunkPart(Body):
         if sum(given is not None for given in (self.text, self.token_ids, self.id)) != 1:
             raise ValueError("a chunk is exactly one of text, token_ids and id")
         return self
+
+
+def _marked(part: Any) -> Any:
+    """Also the form of chunks in files: `{"chunk": text or token ids}`."""
+    if isinstance(part, dict) and set(part) == {"chunk"}:
+        kind = "text" if isinstance(part["chunk"], str) else "token_ids"
+        return {"type": "chunk", kind: part["chunk"]}
+    return part
+
+
+Marking = BeforeValidator(_marked)
 
 
 class StreamOptions(Body):
@@ -131,7 +142,9 @@ class Sampling(Body):
     priority: int | None = Field(None, ge=-(2**63), lt=2**63)
     cache_salt: Salt | None = None
     reuse: Annotated[str, Field(min_length=1, max_length=256)] | None = None
-    chunks: Annotated[list[Text | ChunkPart], Field(max_length=MAX_CHUNKS)] | None = None
+    chunks: (
+        Annotated[list[Annotated[Text | ChunkPart, Marking]], Field(max_length=MAX_CHUNKS)] | None
+    ) = None
     skip_reading_prefix_cache: bool | None = None
     extra_args: dict[str, Any] | None = None
     response_format: TextFormat | JSONObjectFormat | JSONSchemaFormat | None = Field(
@@ -196,7 +209,10 @@ class CompletionRequest(Sampling):
         | TokenIds
         | Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS)]
         | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS)]
-        | Annotated[list[str | ChunkPart], Field(min_length=1, max_length=2 * MAX_CHUNKS + 1)]
+        | Annotated[
+            list[Annotated[str | ChunkPart, Marking]],
+            Field(min_length=1, max_length=2 * MAX_CHUNKS + 1),
+        ]
     )
     logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     echo: bool | None = None
@@ -226,7 +242,7 @@ class TextPart(Body):
     text: str
 
 
-Part = Annotated[TextPart | ChunkPart, Field(discriminator="type")]
+Part = Annotated[TextPart | ChunkPart, Field(discriminator="type"), Marking]
 
 
 class Message(BaseModel):

@@ -96,7 +96,7 @@ def test_a_prompt_with_chunks_is_that_of_the_library_and_says_what_was_reused(ch
     expected = asyncio.run(library(chunked, ["", Chunk(A), Chunk(B), ASK], asked))
     by_text = complete(chunked, prompt=ASK, chunks=[A, B])
     by_id = complete(chunked, prompt=ASK, chunks=[{"id": one} for one in ids])
-    parts = [{"type": "chunk", "id": ids[0]}, {"type": "chunk", "text": B}, ASK]
+    parts = [{"type": "chunk", "id": ids[0]}, {"chunk": B}, ASK]
     inside = complete(chunked, prompt=parts)
     for answer in (by_text, by_id, inside):
         assert answer["choices"][0]["text"] == expected.outputs[0].text
@@ -120,7 +120,7 @@ def test_without_a_strategy_chunks_are_ordinary_text(chunked):
 
 def test_a_chunk_in_a_message_and_chunks_in_front_of_the_first_one_are_the_same_prompt(chunked):
     said = [
-        {"type": "chunk", "text": A},
+        {"chunk": A},
         {"type": "chunk", "text": B},
         {"type": "text", "text": ASK},
     ]
