@@ -301,22 +301,6 @@ def _part(part: Any) -> str | Chunk:
     raise ValueError(f'a part of a prompt is text or {{"chunk": text}}, got {part!r}')
 
 
-def _checked_spans(spans: Iterable[tuple[int, int]], length: int) -> tuple[tuple[int, int], ...]:
-    """`spans` if they are ascending, apart, not empty and within the prompt; else `ValueError`."""
-    try:
-        checked, end = tuple((operator.index(a), operator.index(b)) for a, b in spans), 0
-    except (TypeError, ValueError):
-        raise ValueError(f"chunk_spans must be pairs of integers, got {spans!r}") from None
-    for start, stop in checked:
-        if not end <= start < stop <= length:
-            raise ValueError(
-                f"chunk_spans must be ascending and within the {length} tokens of the prompt, got "
-                f"[{start}, {stop})"
-            )
-        end = stop
-    return checked
-
-
 def _completion(index: int, sequence: Sequence, streaming: bool) -> CompletionOutput:
     text = sequence.text
     shown = ""
@@ -331,3 +315,19 @@ def _completion(index: int, sequence: Sequence, streaming: bool) -> CompletionOu
         finish_reason=sequence.finish_reason,
         stop_reason=sequence.stop_reason,
     )
+
+
+def _checked_spans(spans: Iterable[tuple[int, int]], length: int) -> tuple[tuple[int, int], ...]:
+    """`spans` if they are ascending, apart, not empty and within the prompt; else `ValueError`."""
+    try:
+        checked, end = tuple((operator.index(a), operator.index(b)) for a, b in spans), 0
+    except (TypeError, ValueError):
+        raise ValueError(f"chunk_spans must be pairs of integers, got {spans!r}") from None
+    for start, stop in checked:
+        if not end <= start < stop <= length:
+            raise ValueError(
+                f"chunk_spans must be ascending and within the {length} tokens of the prompt, got "
+                f"[{start}, {stop})"
+            )
+        end = stop
+    return checked
