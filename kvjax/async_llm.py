@@ -22,6 +22,7 @@ from kvjax.grammar import Grammars
 from kvjax.intake import Prompt
 from kvjax.models.tokenizers import Tokenizer
 from kvjax.request import RequestOutput, SamplingParams
+from kvjax.reuse import Strategy
 from kvjax.sequence import Request
 from kvjax.sessions import Keep, Sessions
 
@@ -168,6 +169,15 @@ class AsyncLLM:
     async def reset_prefix_cache(self) -> int:
         """Forgets cached prefixes; the number of pages that became free."""
         return await self.call(self.engine.reset_prefix_cache)
+
+    def strategy(self, spec: Any) -> Strategy:
+        """The reuse strategy of a spec, if it may serve this model. It may read the weights: not
+        for an event loop.
+
+        Raises:
+          UnknownStrategy, ReuseRefused, ValueError: it may not, or there is no such strategy.
+        """
+        return self._intake.strategy(spec)
 
     def get_tokenizer(self) -> Tokenizer:
         """The model's tokenizer."""

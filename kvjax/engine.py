@@ -9,8 +9,9 @@ discarded, and its slot never enters the prefix tree.
 """
 
 import collections
+import logging
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import TypeVar
 
 import jax
@@ -40,10 +41,13 @@ from kvjax.reuse.warming import reuse_programs
 from kvjax.runner import Dispatched, RowOwner, Runner
 from kvjax.schedule import Scheduler
 from kvjax.sequence import Assembled, Request, Sequence, Status
+from kvjax.shrink import out_of_memory, smaller
 from kvjax.step_plan import Limits, Portion, StepPlan
 from kvjax.transfer import Spans
 
 T = TypeVar("T")
+
+log = logging.getLogger("kvjax")
 
 _ASKED = "the structured outputs, bad words and allowed token ids together"
 MAX_SCORED_TOKENS = 128  # prompt tokens whose logits one step keeps
@@ -105,6 +109,7 @@ class Engine:
         self._abandoned: collections.deque[Sequence] = collections.deque()
         self._ended: set[Sequence] = set()  # over, but the step in flight still computes for them
         self._suspects = Suspects()
+        self.num_shrinks = 0  # how often the device's memory was too small for a step
         self._failed: list[Request] = []
         self._refused: list[tuple[Request, KVJaxError]] = []  # by their strategy, while planning
 
@@ -239,7 +244,7 @@ class Engine:
                 self._explain_standstill()
         except jax.errors.JaxRuntimeError as error:
             steps = [s.plan for s in (previous, self._in_flight) if s is not None]
-            self._recover([*steps, dispatching] if dispatching else steps, error)
+            self._recover(steps, dispatching, error)
         except BaseException:  # an interrupt, or a bug: what was planned may not have been computed
             self._start_over()
             raise
@@ -397,12 +402,18 @@ class Engine:
         failed, self._failed = self._failed, []
         return failed
 
-    def _recover(self, plans: Iterable[StepPlan], error: Exception) -> None:
+    def _recover(
+        self, plans: list[StepPlan], dispatching: StepPlan | None, error: Exception
+    ) -> None:
         """The device lost pages and state: starts everyone over, and finds the culprit.
 
         The steps that were in flight are run again in halves until one sequence is left to blame;
-        the others never notice.
+        the others never notice. Nobody is to blame where the device ran out of memory and a step
+        can be smaller.
         """
+        if out_of_memory(error) and self._shrink(dispatching or plans[0]):
+            return
+        plans = [*plans, dispatching] if dispatching else plans
         sequences = {sequence for plan in plans for sequence in plan.sequences}
         alive = {s for s in sequences if s.status is not Status.FINISHED and s not in self._ended}
         self._start_over()
@@ -411,6 +422,22 @@ class Engine:
             blame = StepFailed(f"the device step failed: {_first_line(error)}")
             blame.__cause__ = error
             self._fail(culprit.request, blame)
+
+    def _shrink(self, failed: StepPlan) -> bool:
+        """Starts everyone over with smaller steps; False if there are none. They stay so."""
+        limits = smaller(self.scheduler.limits, self.runner.buckets, failed)
+        if limits is None:
+            return False
+        self._start_over()
+        self.scheduler.resize(limits)
+        self.num_shrinks += 1
+        log.warning(
+            "the device ran out of memory in a step of %d tokens of %d sequences: from now on at "
+            "most %d tokens of %d sequences a step; %d sequences start over",
+            failed.num_tokens, len(failed.portions), limits.max_num_batched_tokens,
+            limits.max_num_seqs, len(self.scheduler.waiting),
+        )  # fmt: skip
+        return True
 
     def _start_over(self) -> None:
         """Pages and decode state anew; every sequence computes its KV again from its tokens."""

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import numbers
+import operator
 import random
 import secrets
 from collections.abc import Callable, Iterable, Mapping
@@ -53,7 +54,7 @@ class Intake:
         self.vocab_size, self.end_token_ids = vocab_size, end_token_ids
         self.max_model_len, self.max_prompt_tokens = max_model_len, max_prompt_tokens
         self._gate = gate
-        self.reuse = self._strategy(reuse)
+        self.reuse = self.strategy(reuse)
         self.grammars = Grammars(tokenizer, vocab_size, end_token_ids)
         self._arrivals = itertools.count()
         self._random = None if seed is None else random.Random(seed)
@@ -82,7 +83,7 @@ class Intake:
             ids = self.checked_ids(ids)  # a vocabulary can be larger than the model's
         request = self.from_ids(ids, params, text=text, request_id=request_id, samples=samples)
         if spans and params.prompt_logprobs is None:  # which need every prompt token run
-            request.strategy = self.reuse if params.reuse is None else self._strategy(params.reuse)
+            request.strategy = self.reuse if params.reuse is None else self.strategy(params.reuse)
             request.chunk_spans = spans
         return request
 
@@ -137,7 +138,10 @@ class Intake:
         self, prompt: Prompt
     ) -> tuple[str | None, list[int], tuple[tuple[int, int], ...]]:
         """Text and ids of a prompt, and the spans of its chunks. Parts are tokenised by themselves:
-        the same text gives the same ids wherever it stands."""
+        the same text gives the same ids wherever it stands. Token ids come with `chunk_spans`."""
+        if isinstance(prompt, Mapping) and "chunk_spans" in prompt:
+            ids = self.checked_ids(prompt.get("prompt_token_ids", []))
+            return None, ids, _checked_spans(prompt["chunk_spans"], len(ids))
         if isinstance(prompt, Mapping) and isinstance(prompt.get("prompt"), list):
             prompt = [part_of(part) for part in prompt["prompt"]]
         messages = prompt.get("messages") if isinstance(prompt, Mapping) else prompt
@@ -235,8 +239,13 @@ class Intake:
         if bad_word_ids:
             seat_features(params, self.vocab_size, bad_word_ids=bad_word_ids)
 
-    def _strategy(self, spec: Any) -> Strategy:
-        """The strategy of a spec, if it may serve this model."""
+    def strategy(self, spec: Any) -> Strategy:
+        """The strategy of a spec, if it may serve this model. Reads the weights when it first has
+        to know which model that is.
+
+        Raises:
+          UnknownStrategy, ReuseRefused, ValueError: see `kvjax.reuse.parse` and `Gate.check`.
+        """
         strategy = parse(spec)
         if self._gate is not None:
             self._gate.check(strategy)
@@ -294,3 +303,19 @@ def _completion(index: int, sequence: Sequence, streaming: bool) -> CompletionOu
         finish_reason=sequence.finish_reason,
         stop_reason=sequence.stop_reason,
     )
+
+
+def _checked_spans(spans: Iterable[tuple[int, int]], length: int) -> tuple[tuple[int, int], ...]:
+    """`spans` if they are ascending, apart, not empty and within the prompt; else `ValueError`."""
+    try:
+        checked, end = tuple((operator.index(a), operator.index(b)) for a, b in spans), 0
+    except (TypeError, ValueError):
+        raise ValueError(f"chunk_spans must be pairs of integers, got {spans!r}") from None
+    for start, stop in checked:
+        if not end <= start < stop <= length:
+            raise ValueError(
+                f"chunk_spans must be ascending and within the {length} tokens of the prompt, got "
+                f"[{start}, {stop})"
+            )
+        end = stop
+    return checked

@@ -29,7 +29,7 @@ class Scheduler:
     ) -> None:
         """`assemble(sequence, exact)` says how stored chunks serve a prompt whose first `exact`
         tokens were found in the tree."""
-        self.pool, self.tree, self.limits, self.clock = pool, tree, limits, clock
+        self.pool, self.tree, self.clock = pool, tree, clock
         self.chunks, self.assemble = chunks, assemble
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
@@ -37,7 +37,11 @@ class Scheduler:
         self.num_preemptions = 0
         self._held_up: Sequence | None = None  # the first in the queue that found no room
         self._staged_due = False  # the first in the queue wants a step for itself
-        self._seats = list(range(limits.max_num_seqs - 1, -1, -1))
+        self.resize(limits)
+
+    def resize(self, limits: Limits) -> None:
+        """Takes other limits while nobody has a seat."""
+        self.limits, self._seats = limits, list(range(limits.max_num_seqs - 1, -1, -1))
 
     # ---- queues -----------------------------------------------------------------------------
 
@@ -177,7 +181,7 @@ class Scheduler:
 
     def _todo(self, sequence: Sequence, step: Draft) -> int:
         """Tokens of `sequence` that this step can compute: what is known, or one on the device."""
-        known = len(sequence.tokens) - sequence.num_computed - _reused_ahead(sequence)
+        known = len(sequence.tokens) - sequence.num_computed - sequence.reused_ahead
         if known <= 0:
             due = sequence.num_output + sequence.num_pending
             length = len(sequence.tokens) + sequence.num_pending
@@ -253,7 +257,7 @@ class Scheduler:
         request = sequence.request
         if request.metrics.first_scheduled_time is None:
             request.metrics.first_scheduled_time = self.clock()
-            request.num_cached_tokens = sequence.num_computed + _reused_ahead(sequence)
+            request.num_cached_tokens = sequence.num_computed + sequence.reused_ahead
         if request.params.needs_seat_features:
             step.loads.append(sequence)
         if sequence.assembly is not None:
@@ -489,9 +493,3 @@ def _scores_prompt(sequence: Sequence) -> bool:
         and sequence.num_computed < sequence.num_prompt
         and sequence.num_output == 0
     )
-
-
-def _reused_ahead(sequence: Sequence) -> int:
-    """Tokens behind `num_computed` whose KV is moved there, not computed."""
-    return sum(b - max(a, sequence.num_computed) for a, b in sequence.reused
-               if b > sequence.num_computed)  # fmt: skip

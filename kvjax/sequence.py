@@ -164,6 +164,11 @@ class Sequence:
         return tuple(self.tokens[self.num_prompt :])
 
     @property
+    def reused_ahead(self) -> int:
+        """Tokens behind `num_computed` whose KV is moved there, not computed."""
+        return sum(b - max(a, self.num_computed) for a, b in self.reused if b > self.num_computed)
+
+    @property
     def order(self) -> tuple[int, int, int]:
         """Smaller is served first and preempted last."""
         return (self.request.params.priority, self.request.arrival, self.branch)

@@ -1,5 +1,6 @@
 """The routes, and the OpenAPI schema that describes them."""
 
+import asyncio
 import importlib.metadata
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,21 +12,27 @@ from fastapi.responses import HTMLResponse, JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from kvjax import __version__
-from kvjax.serving import replies
+from kvjax.serving import chunks, replies
 from kvjax.serving.chat import chat, conversation
 from kvjax.serving.completions import complete
 from kvjax.serving.errors import APIError, install_handlers
 from kvjax.serving.gate import OPEN, Gate
+from kvjax.serving.keys import Tenant
 from kvjax.serving.kv import EventHub, EventStream, stats
+from kvjax.serving.marking import Part, Reader
 from kvjax.serving.occupancy import occupancy
 from kvjax.serving.schemas import (
     ChatRequest,
+    ChunkId,
     CompletionRequest,
     DetokenizeRequest,
+    PutChunk,
+    Salt,
     TokenizeRequest,
 )
 from kvjax.serving.service import Service
 
+SaltQuery = Annotated[Salt | None, Query(description="As the body's `cache_salt` was.")]
 _PAGE = Path(__file__).with_name("ui.html")
 _ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": replies.ErrorReply, "description": text}
@@ -33,8 +40,9 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
         (400, "Bad input; the message names the value and the limit."),
         (401, "No key, or a wrong one."),
         (403, "The key is no operator's."),
-        (404, "No such model."),
+        (404, "No such model, session, chunk or report."),
         (408, "The body did not come in time."),
+        (409, "The key has too much pinned."),
         (413, "The body is too large."),
         (429, "The queue is full; `Retry-After` says when to try again."),
         (500, "The request broke its step; the message has an id."),
@@ -58,6 +66,8 @@ def create_app(service: Service) -> FastAPI:
     _generating(app, service)
     _describing(app, service)
     _sessions(app, service)
+    _chunks(app, service)
+    _requests(app, service)
     _operating(app, service, app.state.hub)
     app.openapi = lambda: _schema(app)
     return app
@@ -97,9 +107,9 @@ def _describing(app: FastAPI, service: Service) -> None:
         return card()
 
     @app.post("/tokenize", response_model=replies.TokenizeReply, responses=_ERRORS)
-    async def tokenize(body: TokenizeRequest) -> Any:
+    async def tokenize(body: TokenizeRequest, request: Request) -> Any:
         """Token ids of a text or a conversation."""
-        return await _checked(_tokenize(service, body))
+        return await _checked(_tokenize(service, request.scope["kvjax.tenant"], body))
 
     @app.post("/detokenize", response_model=replies.DetokenizeReply, responses=_ERRORS)
     async def detokenize(body: DetokenizeRequest) -> Any:
@@ -142,6 +152,62 @@ def _sessions(app: FastAPI, service: Service) -> None:
         if not gone:
             raise APIError(404, f"there is no session {session_id!r}", code="session_not_found")
         return {"id": session_id, "deleted": True}
+
+
+def _chunks(app: FastAPI, service: Service) -> None:
+    path, one = "/v1/kv/chunks", "/v1/kv/chunks/{chunk_id}"
+    info = {"response_model": replies.ChunkInfo, "responses": _ERRORS}
+
+    @app.post(path, **info)
+    async def put(body: PutChunk, request: Request) -> Any:
+        """Encodes a text or token ids ahead of the prompts that will hold them."""
+        return await _checked(chunks.put(service, request.scope["kvjax.tenant"], body))
+
+    @app.get(path, response_model=replies.ChunkList, responses=_ERRORS)
+    async def listed(
+        request: Request,
+        cache_salt: SaltQuery = None,
+        limit: Annotated[int, Query(ge=1, le=1000)] = 100,
+        after: Annotated[ChunkId | None, Query(description="Ids behind this one.")] = None,
+    ) -> Any:
+        """The chunks of this key, under one salt."""
+        tenant = request.scope["kvjax.tenant"]
+        return await chunks.listed(service, tenant, tenant.cache_salt(cache_salt), limit, after)
+
+    def on_one(action: Any) -> Any:
+        async def act(chunk_id: ChunkId, request: Request, cache_salt: SaltQuery = None) -> Any:
+            tenant = request.scope["kvjax.tenant"]
+            return await action(service, tenant, tenant.cache_salt(cache_salt), chunk_id)
+
+        act.__name__, act.__doc__ = f"{action.__name__}_chunk", action.__doc__
+        return act
+
+    app.get(one, **info)(on_one(chunks.describe))
+    app.post(f"{one}/pin", **info)(on_one(chunks.pin))
+    app.post(f"{one}/unpin", **info)(on_one(chunks.unpin))
+    app.delete(one, response_model=replies.ChunkGone, responses=_ERRORS)(on_one(chunks.delete))
+
+
+def _requests(app: FastAPI, service: Service) -> None:
+    @app.get("/v1/kv/requests", response_model=replies.RequestList, responses=_ERRORS)
+    async def requests(request: Request) -> Any:
+        """The last answers of this key that a report is kept of."""
+        return {"requests": service.reports.list(request.scope["kvjax.tenant"].name)}
+
+    @app.get(
+        "/v1/kv/requests/{answer_id}/reuse",
+        response_model=replies.RequestReuse,
+        responses=_ERRORS,
+    )
+    async def reuse(answer_id: str, request: Request) -> Any:
+        """How the KV of an answer's prompts came about, token by token."""
+        decode = service.llm.get_tokenizer().decode
+        tenant = request.scope["kvjax.tenant"].name
+        told = await asyncio.to_thread(service.reports.tell, tenant, answer_id, decode)
+        if told is None:
+            message = f"there is no report on {answer_id!r}, or it is forgotten"
+            raise APIError(404, message, code="request_not_found")
+        return told
 
 
 def _operating(app: FastAPI, service: Service, hub: EventHub) -> None:
@@ -203,19 +269,21 @@ def _operating(app: FastAPI, service: Service, hub: EventHub) -> None:
         return EventStream(hub, snapshot_only=snapshot_only)
 
 
-async def _tokenize(service: Service, body: TokenizeRequest) -> dict[str, Any]:
+async def _tokenize(service: Service, tenant: Tenant, body: TokenizeRequest) -> dict[str, Any]:
     service.check_model(body.model)
-    tokenizer, special = service.llm.get_tokenizer(), body.add_special_tokens
     if (body.prompt is None) == (body.messages is None):
         raise ValueError("expected either prompt or messages")
-    text = body.prompt or ""
+    parts: list[Part] = [body.prompt or ""]
     if body.messages is not None:
-        variables = body.chat_template_kwargs
-        text = conversation(
-            tokenizer, body.messages, variables, generate=body.add_generation_prompt
+        parts = conversation(
+            service.llm.get_tokenizer(),
+            body.messages,
+            body.chat_template_kwargs,
+            generate=body.add_generation_prompt,
         )
-        special = False
-    tokens = await service.beside(len(text), lambda: tokenizer.encode(text, special))
+    special = body.add_special_tokens and body.messages is None
+    reader = Reader(service, tenant, tenant.cache_salt(None))
+    tokens = (await reader.prompt(parts, special=special)).ids
     return {
         "count": len(tokens), "max_model_len": service.llm.max_model_len, "tokens": tokens,
     }  # fmt: skip

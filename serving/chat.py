@@ -13,7 +13,15 @@ from kvjax.models.tokenizers import Tokenizer
 from kvjax.request import CompletionOutput, RequestOutput, SamplingParams, StructuredOutputs
 from kvjax.serving.generation import Generation, Job, event
 from kvjax.serving.logprobs import chat_logprobs, prompt_logprobs
-from kvjax.serving.schemas import ChatRequest, ChosenTool, Message
+from kvjax.serving.marking import Part, Reader, StandIns
+from kvjax.serving.schemas import (
+    ChatRequest,
+    ChosenTool,
+    ChunkPart,
+    Message,
+    TextPart,
+    chunk_parts,
+)
 from kvjax.serving.service import Service
 from kvjax.serving.tools import Call, CallFormat, ToolReader, bound_to_calls, call_format
 from kvjax.serving.usage import usage
@@ -28,28 +36,31 @@ async def chat(service: Service, request: Request, body: ChatRequest) -> Generat
     if body.top_logprobs is not None and not body.logprobs:
         raise ValueError("top_logprobs needs logprobs=true")
     tools = _tools(body, tokenizer)
+    tenant = request.scope["kvjax.tenant"]
+    salt = tenant.cache_salt(body.cache_salt)
+    await service.check_reuse(body.reuse)
     params = body.params(
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
         max_tokens=body.max_completion_tokens or body.max_tokens,
-        cache_salt=request.scope["kvjax.tenant"].cache_salt(body.cache_salt),
+        cache_salt=salt,
     )
     if tools is not None:
         params = tools.adapt(params, tokenizer)
     await service.compile_grammar(params)
-    text = conversation(
+    parts = conversation(
         tokenizer,
-        body.messages,
+        with_chunks(body.messages, body.chunks),
         body.chat_template_kwargs,
         generate=body.add_generation_prompt,
         tools=None if tools is None else tools.described,
     )
-    ids = await service.beside(len(text), lambda: tokenizer.encode(text, add_special_tokens=False))
-    keep = body.keep(request.scope["kvjax.tenant"], prompts=1)
+    marked = await Reader(service, tenant, salt).prompt(parts, special=False)
+    keep = body.keep(tenant, prompts=1)
     answer_id = service.next_id("chatcmpl")
     reader = None if tools is None else tools.reader
     wording = ChatWording(service, answer_id, body, reader)
     return Generation(
-        service, answer_id, [Job(ids, params)], wording, stream=bool(body.stream), keep=keep
+        service, answer_id, [Job(marked, params)], wording, stream=bool(body.stream), keep=keep
     )
 
 
@@ -60,15 +71,34 @@ def conversation(
     *,
     generate: bool = True,
     tools: Seq[dict[str, Any]] | None = None,
-) -> str:
-    """The text of a conversation, through the model's chat template."""
+) -> list[Part]:
+    """A conversation through the model's chat template: its text, with the chunks in it."""
     taken = _TAKEN & set(variables or ())
     if taken:
         raise ValueError(f"chat_template_kwargs must not set {sorted(taken)}")
-    plain = [message.plain() for message in messages]
-    return render_chat(
+    chunks = StandIns()
+    plain = [message.plain(chunks.put) for message in messages]
+    text = render_chat(
         tokenizer, plain, add_generation_prompt=generate, tools=tools, **(variables or {})
     )
+    return [*chunks.cut(text)]
+
+
+def with_chunks(messages: Seq[Message], chunks: Seq[str | ChunkPart] | None) -> Seq[Message]:
+    """The messages with a body's `chunks` at the beginning of what the user says first.
+
+    There they stand before every question, and before the same text in the next turn.
+    """
+    if not chunks:
+        return messages
+    first = next((i for i, message in enumerate(messages) if message.role == "user"), None)
+    if first is None:
+        raise ValueError("chunks are put in front of the first user message, and there is none")
+    said = messages[first].content or ""
+    own = [TextPart(type="text", text=said)] if isinstance(said, str) else said
+    content = [*chunk_parts(chunks), *own]
+    changed = messages[first].model_copy(update={"content": content})
+    return [*messages[:first], changed, *messages[first + 1 :]]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,6 +11,7 @@ from starlette.requests import Request
 from kvjax.request import CompletionOutput, RequestOutput
 from kvjax.serving.generation import Generation, Job, event
 from kvjax.serving.logprobs import completion_logprobs, prompt_logprobs
+from kvjax.serving.marking import Marked, Part, Reader
 from kvjax.serving.schemas import CompletionRequest
 from kvjax.serving.service import Service
 from kvjax.serving.usage import usage
@@ -19,31 +20,36 @@ from kvjax.serving.usage import usage
 async def complete(service: Service, request: Request, body: CompletionRequest) -> Generation:
     """The answer to a completion request. Raises `ValueError` or `APIError` for bad input."""
     service.check_model(body.model)
-    llm = service.llm
     prompt_logprobs_ = body.prompt_logprobs
     if body.echo and body.logprobs is not None:
         prompt_logprobs_ = max(body.logprobs, prompt_logprobs_ or 0)
+    tenant = request.scope["kvjax.tenant"]
+    salt = tenant.cache_salt(body.cache_salt)
+    await service.check_reuse(body.reuse)
     params = body.params(
         logprobs=body.logprobs,
-        cache_salt=request.scope["kvjax.tenant"].cache_salt(body.cache_salt),
+        cache_salt=salt,
         **({} if body.max_tokens is None else {"max_tokens": body.max_tokens}),
     )
     params = dataclasses.replace(params, prompt_logprobs=prompt_logprobs_)
     await service.compile_grammar(params)
-    tokenizer, jobs = llm.get_tokenizer(), []
-    for prompt in body.prompts:
-        if isinstance(prompt, str):
-            if not prompt:
-                raise ValueError("prompt must not be empty")
-            ids = await service.beside(len(prompt), lambda p=prompt: tokenizer.encode(p))
-            jobs.append(Job(ids, params, prompt))
-        else:
-            text = tokenizer.decode(prompt) if body.echo else None
-            jobs.append(Job(prompt, params, text))
-    keep = body.keep(request.scope["kvjax.tenant"], prompts=len(jobs))
+    reader, jobs = Reader(service, tenant, salt), []
+    for parts in body.prompts:
+        if parts == [""]:
+            raise ValueError("prompt must not be empty")
+        marked = await reader.prompt(parts, special=True)
+        jobs.append(Job(marked, params, _echoed(service, parts, marked) if body.echo else None))
+    keep = body.keep(tenant, prompts=len(jobs))
     answer_id = service.next_id("cmpl")
     wording = CompletionWording(service, answer_id, body, jobs)
     return Generation(service, answer_id, jobs, wording, stream=bool(body.stream), keep=keep)
+
+
+def _echoed(service: Service, parts: Seq[Part], marked: Marked) -> str:
+    """The text of a prompt, as it was given or as its tokens say."""
+    if len(parts) == 1 and isinstance(parts[0], str):
+        return parts[0]
+    return service.llm.get_tokenizer().decode(marked.ids)
 
 
 class CompletionWording:

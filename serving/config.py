@@ -17,6 +17,7 @@ class ServeConfig:
     max_body_bytes: int = 4 << 20
     max_header_bytes: int = 64 << 10  # request line and headers
     max_connections: int = 4096
+    max_pinned_share: float = 0.5  # of the room for chunks, that one key may pin
     header_timeout: float = 20.0  # seconds from the first byte, or from connecting, to the headers
     body_timeout: float = 60.0  # seconds in which the body must have come
     write_timeout: float = 60.0  # seconds that a client may read nothing of what is sent
@@ -36,6 +37,9 @@ class ServeConfig:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
                 raise ValueError(f"{name} must be an integer in [{least}, {most}], got {value!r}")
+        share = self.max_pinned_share
+        if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share <= 1:
+            raise ValueError(f"max_pinned_share must be a number in [0, 1], got {share!r}")
         for field in dataclasses.fields(self):
             if not field.name.endswith("_timeout"):
                 continue

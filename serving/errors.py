@@ -9,7 +9,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from kvjax.errors import KVJaxError, OutOfPages, PromptTooLong, StepFailed
+from kvjax.errors import KVJaxError, OutOfPages, PromptTooLong, StepFailed, UnknownChunk
 
 log = logging.getLogger("kvjax.serving")
 
@@ -20,6 +20,7 @@ _TYPES = {
     404: "not_found_error",
     405: "invalid_request_error",
     408: "timeout_error",
+    409: "conflict_error",
     413: "invalid_request_error",
     429: "rate_limit_error",
     500: "server_error",
@@ -73,10 +74,12 @@ def api_error(error: BaseException, request_id: str) -> APIError:
         case StepFailed():
             log.error("request %s failed: %s", request_id, error)
             return APIError(500, f"{error} (request {request_id})", code="step_failed")
-        case KVJaxError():
-            return APIError(503, str(error), code="unavailable", headers={"Retry-After": "5"})
+        case UnknownChunk():
+            return APIError(404, str(error), code="chunk_not_found")
         case ValueError():
             return APIError(400, str(error))
+        case KVJaxError():
+            return APIError(503, str(error), code="unavailable", headers={"Retry-After": "5"})
     log.error("request %s failed", request_id, exc_info=error)
     return APIError(500, f"internal error (request {request_id})", code="internal_error")
 
@@ -90,7 +93,9 @@ def install_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
-        first = error.errors()[0]
+        errors = error.errors()
+        # Of the forms that a value may have, the one that it nearly has.
+        first = next((e for e in errors if not e["type"].endswith("_type")), errors[0])
         place = [str(part) for part in first["loc"] if part not in ("body", "query")]
         where = ".".join(part for part in place if not part.startswith("function-"))
         message = f"{where}: {first['msg']}" if where else str(first["msg"])

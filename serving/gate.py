@@ -20,6 +20,7 @@ log = logging.getLogger("kvjax.serving.access")
 
 OPEN = frozenset({"/health", "/ready", "/version", "/openapi.json", "/ui"})  # no key needed
 OPERATORS = ("/metrics", "/v1/kv/")  # what is common to all tenants
+OWN = ("/v1/kv/chunks", "/v1/kv/requests")  # but for these, which show each tenant its own
 _ID_LENGTH = 128
 _CLOSE = {"Connection": "close"}
 _DISCARDED = 8  # bodies of the largest size that are read and thrown away before a 413
@@ -73,7 +74,8 @@ class Gate:
             headers_ = {"WWW-Authenticate": "Bearer"}
             message = "an API key is needed: `Authorization: Bearer KEY`"
             raise APIError(401, message, code="invalid_api_key", headers=headers_)
-        if path.startswith(OPERATORS) and not tenant.operator:
+        common = path.startswith(OPERATORS) and not path.startswith(OWN)
+        if common and not tenant.operator:
             raise APIError(403, f"{path} is for operators' keys", code="not_an_operator")
         return tenant
 

@@ -18,6 +18,8 @@ from starlette.types import Receive, Scope, Send
 from kvjax.errors import StepFailed
 from kvjax.request import RequestOutput, SamplingParams
 from kvjax.serving.errors import APIError, api_error
+from kvjax.serving.keys import ANYBODY
+from kvjax.serving.marking import Marked
 from kvjax.serving.metrics import TokenClock
 from kvjax.serving.service import Service
 from kvjax.sessions import Keep
@@ -27,7 +29,7 @@ from kvjax.sessions import Keep
 class Job:
     """One prompt of a request, ready for the engine."""
 
-    prompt_ids: list[int]
+    prompt: Marked
     params: SamplingParams
     text: str | None = None  # of the prompt, where the endpoint knows it
 
@@ -69,12 +71,12 @@ class Generation(Response):
         self._service, self._id, self._jobs = service, answer_id, jobs
         self._wording, self._stream, self._keep = wording, stream, keep
         self._newest: list[RequestOutput | None] = [None] * len(jobs)
-        self._headers = Headers()
+        self._headers, self._tenant = Headers(), ANYBODY.name
         self._started = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answers. What fails before the first byte has a status of its own, later an event."""
-        self._headers = Headers(scope=scope)
+        self._headers, self._tenant = Headers(scope=scope), scope["kvjax.tenant"].name
         try:
             completions = sum(job.params.n for job in self._jobs)
             with self._service.admission.enter(completions):
@@ -166,7 +168,9 @@ class Generation(Response):
         """Snapshots of one job; the last one is final. Raises the request's own error."""
         job, metrics = self._jobs[index], self._service.metrics
         clock, output = TokenClock(metrics), None
-        prompt = {"prompt_token_ids": job.prompt_ids}
+        prompt: dict[str, Any] = {"prompt_token_ids": job.prompt.ids}
+        if job.prompt.spans:
+            prompt["chunk_spans"] = job.prompt.spans
         request_id = f"{self._id}-{index}"
         outputs = self._service.llm.generate(prompt, job.params, request_id, self._keep)
         try:
@@ -178,6 +182,7 @@ class Generation(Response):
                         if any(c.finish_reason == "abort" for c in output.outputs):
                             raise APIError(503, "the request was aborted", code="aborted")
                         metrics.finish(output, job.params)
+                        self._service.reports.add(self._tenant, self._id, index, output)
                         if self._service.tracing is not None:
                             self._service.tracing.finish(output, job.params, self._headers)
                     yield output

@@ -23,6 +23,10 @@ class Tenant:
             return asked
         return self.salt if asked is None else f"{self.salt}/{asked}"
 
+    def owns(self, salt: str | None) -> bool:
+        """Whether a salt is the tenant's own, or within it."""
+        return self.salt is None or (salt or "").partition("/")[0] == self.salt
+
 
 ANYBODY = Tenant("anybody", None, operator=True)
 

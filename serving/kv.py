@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import dataclasses
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -45,6 +46,7 @@ def stats(engine: Engine) -> dict[str, Any]:
             "inserted_tokens": counts.inserted_tokens if counts else 0,
             "evicted_pages": counts.evicted_pages if counts else 0,
         },
+        "chunks": dataclasses.asdict(engine.chunks.stats),
         "requests": {
             "running": len(scheduler.running),
             "waiting": len(scheduler.waiting),

@@ -191,6 +191,11 @@ class _EngineCollector:
                 "Pages that the prefix cache holds.",
                 tree.num_pages if tree else 0,
             ),
+            "step_token_budget": (
+                "Tokens that a step may hold; less after the device ran out of memory.",
+                scheduler.limits.max_num_batched_tokens,
+            ),
+            "step_sequence_budget": ("Sequences, the same.", scheduler.limits.max_num_seqs),
             "step_age_seconds": (
                 "How long the current step has taken so far.",
                 0.0 if started is None else time.monotonic() - started,
@@ -201,6 +206,7 @@ class _EngineCollector:
         stats = tree.stats if tree is not None else None
         counters = {
             "num_preemptions": ("Preemptions.", scheduler.num_preemptions),
+            "out_of_memory": ("Times that steps were made smaller for it.", engine.num_shrinks),
             "compilations": ("Programs compiled.", runner.compiles),
             "compile_seconds": ("Seconds spent on them.", runner.compile_seconds),
             "computed_tokens": ("Tokens computed in steps.", runner.real_tokens),

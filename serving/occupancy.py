@@ -3,13 +3,17 @@
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+
 from kvjax.engine import Engine
-from kvjax.sequence import Sequence
+from kvjax.reuse.report import Fate, ReuseReport
+from kvjax.sequence import Sequence, Status
 from kvjax.serving.kv import stats
+from kvjax.serving.reports import FATES, prefix_report, runs
 
 _MOST_NODES, _MOST_REQUESTS = 300, 64
 _LABEL = 48  # tokens of a node whose text is shown
-_SHOWN = 400  # tokens of a prompt whose text is shown, of each colour
+_SHOWN = 400  # tokens of a run whose text is shown
 
 Decode = Callable[[list[int]], str]
 
@@ -38,12 +42,6 @@ def occupancy(engine: Engine, decode: Decode | None) -> dict[str, Any]:
 def _request(sequence: Sequence, decode: Decode | None) -> dict[str, Any]:
     request = sequence.request
     cached = request.num_cached_tokens
-    prompt = sequence.tokens[: sequence.num_prompt]
-    texts = None
-    if decode is not None:
-        computed = min(sequence.num_computed, sequence.num_prompt)
-        parts = (prompt[:cached], prompt[cached:computed], prompt[computed:])
-        texts = [decode(part[-_SHOWN:]) for part in parts]
     return {
         "id": f"{request.request_id}/{sequence.branch}",
         "status": sequence.status.value,
@@ -52,8 +50,33 @@ def _request(sequence: Sequence, decode: Decode | None) -> dict[str, Any]:
         "computed": sequence.num_computed,
         "output": sequence.num_output,
         "pages": len(sequence.page_ids),
-        "texts": texts,  # of the prompt: reused, computed, still to be computed
+        "segments": None if decode is None else _segments(sequence, decode),
     }
+
+
+def _segments(sequence: Sequence, decode: Decode) -> list[dict[str, Any]]:
+    """What becomes of the prompt's tokens, in runs of one fate; "waiting" where nothing has yet."""
+    request, prompt = sequence.request, sequence.tokens[: sequence.num_prompt]
+    report: ReuseReport | None = request.report
+    if report is None or report.num_tokens != len(prompt):
+        report = prefix_report(len(prompt), request.num_cached_tokens)
+    fates = report.fates[-1].copy()
+    to_come = np.arange(len(prompt)) >= sequence.num_computed
+    if sequence.status is Status.RUNNING:  # what is moved is there from the start
+        to_come &= fates >= Fate.RECOMPUTED
+    fates[to_come] = len(Fate)
+    return [
+        {"start": a, "end": b, "fate": fate, "text": _shown(prompt[a:b], decode)}
+        for a, b, fate in runs(fates, (*FATES, "waiting"))
+    ]
+
+
+def _shown(tokens: list[int], decode: Decode) -> str:
+    """The text of a run, without the middle of a long one."""
+    if len(tokens) <= _SHOWN:
+        return decode(tokens)
+    half = _SHOWN // 2
+    return f"{decode(tokens[:half])} … {decode(tokens[-half:])}"
 
 
 def _nodes(engine: Engine, decode: Decode | None) -> list[dict[str, Any]]:

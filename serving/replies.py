@@ -36,6 +36,9 @@ class PromptTokensDetails(Reply):
     """Where the prompt's KV came from."""
 
     cached_tokens: int  # reused, not computed
+    shifted_tokens: int | None = None  # of a prompt with chunks: moved from where they were stored
+    patched_tokens: int | None = None  # the same, with a correction added
+    recomputed_tokens: int | None = None  # stored, but run again
 
 
 class Usage(Reply):
@@ -246,6 +249,22 @@ class PrefixCacheStats(Reply):
     evicted_pages: int
 
 
+class ChunkStats(Reply):
+    """Of the stored chunks, since the server was started."""
+
+    chunks: int
+    variants: int
+    tokens: int
+    pages: int
+    capacity_pages: int
+    pinned: int
+    lookups: int
+    hits: int
+    admitted: int
+    refused: int
+    evicted: int
+
+
 class RequestCounts(Reply):
     """Sequences by where they are."""
 
@@ -259,7 +278,114 @@ class KVStats(Reply):
 
     pages: PageCounts
     prefix_cache: PrefixCacheStats
+    chunks: ChunkStats
     requests: RequestCounts
+
+
+class ChunkVariant(Reply):
+    """Stored KV of a chunk, computed behind one context."""
+
+    context_tokens: int
+    lineage: str  # exact, or what its context was made by
+    uses: int
+
+
+class ChunkInfo(Reply):
+    """Answer of most of `/v1/kv/chunks`: a chunk as it stands."""
+
+    id: str
+    object: Literal["kv.chunk"]
+    tokens: int
+    stored: bool  # false: evicted; the next prompt with it computes it again
+    pinned: bool
+    uses: int
+    pages: int
+    variants: list[ChunkVariant]
+
+
+class ChunkList(Reply):
+    """Answer of `GET /v1/kv/chunks`."""
+
+    object: Literal["list"]
+    data: list[ChunkInfo]
+    has_more: bool
+
+
+class ChunkGone(Reply):
+    """Answer of `DELETE /v1/kv/chunks/{id}`."""
+
+    id: str
+    object: Literal["kv.chunk"]
+    deleted: bool
+
+
+Fate = Literal["exact", "shifted", "patched", "recomputed", "computed"]
+
+
+class ReuseLayers(Reply):
+    """Tokens of a prompt by fate, in layers `[start, end)`."""
+
+    start: int
+    end: int
+    exact: int
+    shifted: int
+    patched: int
+    recomputed: int
+    computed: int
+
+
+class ReuseSegment(Reply):
+    """Tokens `[start, end)` of a prompt, which have one fate in the last layers."""
+
+    start: int
+    end: int
+    fate: Fate
+    text: str
+
+
+class PromptReuse(Reply):
+    """How one prompt's KV came about."""
+
+    index: int
+    prompt_tokens: int
+    cached_tokens: int
+    strategy: str
+    copied_tokens: int
+    estimated_loss: float | None  # nats per token, as the model's gate measured it
+    layers: list[ReuseLayers]
+    segments: list[ReuseSegment]
+
+
+class RequestReuse(Reply):
+    """Answer of `/v1/kv/requests/{id}/reuse`."""
+
+    id: str
+    time: float  # Unix seconds, of the first prompt that was over
+    prompts: list[PromptReuse]
+
+
+class RequestSummary(Reply):
+    """One answer that a report is kept of."""
+
+    id: str
+    time: float
+    prompt_tokens: int
+    cached_tokens: int
+
+
+class RequestList(Reply):
+    """Answer of `/v1/kv/requests`: the newest first."""
+
+    requests: list[RequestSummary]
+
+
+class PromptSegment(Reply):
+    """Tokens of a prompt that share a fate; "waiting": nothing has become of them yet."""
+
+    start: int
+    end: int
+    fate: Fate | Literal["waiting"]
+    text: str  # a long one without its middle
 
 
 class OccupyingRequest(Reply):
@@ -272,7 +398,7 @@ class OccupyingRequest(Reply):
     computed: int
     output: int
     pages: int
-    texts: list[str] | None  # of the prompt: reused, computed, still to be computed
+    segments: list[PromptSegment] | None
 
 
 class TreeNode(Reply):

@@ -3,9 +3,10 @@
 A field that nobody knows is refused: a misspelt one would otherwise be ignored in silence.
 """
 
-from typing import Annotated, Any, Literal
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from kvjax.request import MAX_LOGIT_BIAS, MAX_LOGPROBS, SamplingParams, StructuredOutputs
 from kvjax.serving.keys import Tenant
@@ -14,10 +15,13 @@ from kvjax.sessions import Keep
 MAX_N = 128  # completions of one prompt
 MAX_PROMPTS = 256  # prompts of one body
 MAX_STOPS = 16
+MAX_CHUNKS = 256  # of one body
 MAX_SESSION_SECONDS = 86_400.0  # that a conversation's KV may be kept between two turns
 
 TokenIds = Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(max_length=2**20)]
 Text = Annotated[str, Field(min_length=1)]
+ChunkId = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
+Salt = Annotated[str, Field(min_length=1, max_length=1024)]
 Stop = Text | Annotated[list[Text], Field(max_length=MAX_STOPS)]
 Bias = Annotated[float, Field(ge=-MAX_LOGIT_BIAS, le=MAX_LOGIT_BIAS)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
@@ -25,9 +29,10 @@ Penalty = Annotated[float, Field(ge=-2, le=2)]
 # Fields of `Sampling` that go to `SamplingParams` as they are; None leaves its default.
 _PASSED = (
     "n", "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty",
-    "repetition_penalty", "seed", "branch", "stop", "stop_token_ids", "ignore_eos", "min_tokens",
-    "prompt_logprobs", "allowed_token_ids", "bad_words", "skip_special_tokens",
-    "include_stop_str_in_output", "priority", "skip_reading_prefix_cache", "extra_args",
+    "repetition_penalty", "seed", "branch", "reuse", "stop", "stop_token_ids", "ignore_eos",
+    "min_tokens", "prompt_logprobs", "allowed_token_ids", "bad_words",
+    "skip_special_tokens", "include_stop_str_in_output", "priority", "skip_reading_prefix_cache",
+    "extra_args",
 )  # fmt: skip
 
 
@@ -35,6 +40,33 @@ class Body(BaseModel):
     """What every body has in common."""
 
     model_config = ConfigDict(extra="forbid")
+
+
+class ChunkPart(Body):
+    """A part of a prompt whose KV is stored by itself: its text, its token ids, or the id that
+    `/v1/kv/chunks` gave it."""
+
+    type: Literal["chunk"] = "chunk"
+    text: Text | None = None
+    token_ids: Annotated[TokenIds, Field(min_length=1)] | None = None
+    id: ChunkId | None = None
+
+    @model_validator(mode="after")
+    def _one(self) -> Self:
+        if sum(given is not None for given in (self.text, self.token_ids, self.id)) != 1:
+            raise ValueError("a chunk is exactly one of text, token_ids and id")
+        return self
+
+
+def _marked(part: Any) -> Any:
+    """Also the form of chunks in files: `{"chunk": text or token ids}`."""
+    if isinstance(part, dict) and set(part) == {"chunk"}:
+        kind = "text" if isinstance(part["chunk"], str) else "token_ids"
+        return {"type": "chunk", kind: part["chunk"]}
+    return part
+
+
+Marking = BeforeValidator(_marked)
 
 
 class StreamOptions(Body):
@@ -108,7 +140,11 @@ class Sampling(Body):
     skip_special_tokens: bool | None = None
     include_stop_str_in_output: bool | None = None
     priority: int | None = Field(None, ge=-(2**63), lt=2**63)
-    cache_salt: Text | None = None
+    cache_salt: Salt | None = None
+    reuse: Annotated[str, Field(min_length=1, max_length=256)] | None = None
+    chunks: (
+        Annotated[list[Annotated[Text | ChunkPart, Marking]], Field(max_length=MAX_CHUNKS)] | None
+    ) = None
     skip_reading_prefix_cache: bool | None = None
     extra_args: dict[str, Any] | None = None
     response_format: TextFormat | JSONObjectFormat | JSONSchemaFormat | None = Field(
@@ -173,6 +209,10 @@ class CompletionRequest(Sampling):
         | TokenIds
         | Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS)]
         | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS)]
+        | Annotated[
+            list[Annotated[str | ChunkPart, Marking]],
+            Field(min_length=1, max_length=2 * MAX_CHUNKS + 1),
+        ]
     )
     logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     echo: bool | None = None
@@ -180,18 +220,29 @@ class CompletionRequest(Sampling):
     suffix: None = None
 
     @property
-    def prompts(self) -> list[str | list[int]]:
-        """The prompts, one or several."""
+    def prompts(self) -> list[list[str | list[int] | ChunkPart]]:
+        """The parts of each prompt, the body's `chunks` in front."""
         prompt: Any = self.prompt
+        front: list[Any] = chunk_parts(self.chunks)
+        if isinstance(prompt, list) and any(isinstance(part, ChunkPart) for part in prompt):
+            return [[*front, *prompt]]
         several = isinstance(prompt, list) and prompt and not isinstance(prompt[0], int)
-        return prompt if several else [prompt]
+        return [[*front, one] for one in (prompt if several else [prompt])]
+
+
+def chunk_parts(chunks: Sequence[str | ChunkPart] | None) -> list[ChunkPart]:
+    """A body's `chunks`, of which texts may stand by themselves."""
+    return [ChunkPart(text=one) if isinstance(one, str) else one for one in chunks or ()]
 
 
 class TextPart(Body):
-    """A piece of a message's content. Text is all there is."""
+    """Text in a message's content."""
 
     type: Literal["text"]
     text: str
+
+
+Part = Annotated[TextPart | ChunkPart, Field(discriminator="type"), Marking]
 
 
 class Message(BaseModel):
@@ -200,13 +251,16 @@ class Message(BaseModel):
     model_config = ConfigDict(extra="allow")
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | Annotated[list[TextPart], Field(max_length=1024)] | None = None
+    content: str | Annotated[list[Part], Field(max_length=1024)] | None = None
 
-    def plain(self) -> dict[str, Any]:
-        """As templates take it: content as one string, what is not set left out."""
+    def plain(self, stand_in: Callable[[ChunkPart], str]) -> dict[str, Any]:
+        """As templates take it: content as one string, with a text that stands for each chunk;
+        what is not set left out."""
         fields = self.model_dump(exclude_none=True)
         if isinstance(self.content, list):
-            fields["content"] = "".join(part.text for part in self.content)
+            fields["content"] = "".join(
+                part.text if isinstance(part, TextPart) else stand_in(part) for part in self.content
+            )
         return fields
 
 
@@ -271,3 +325,14 @@ class DetokenizeRequest(Body):
     model: str | None = None
     tokens: TokenIds
     skip_special_tokens: bool = False
+
+
+class PutChunk(Body):
+    """`POST /v1/kv/chunks`: a text or token ids, encoded now for prompts to come."""
+
+    model: str | None = None
+    text: Text | None = None
+    token_ids: Annotated[TokenIds, Field(min_length=1)] | None = None
+    cache_salt: Salt | None = None
+    reuse: Annotated[str, Field(min_length=1, max_length=256)] | None = None  # whom it is for
+    pin: bool = False

@@ -9,11 +9,14 @@ from typing import Literal
 
 from kvjax.async_llm import AsyncLLM
 from kvjax.request import SamplingParams, StructuredOutputs
+from kvjax.reuse import Strategy
 from kvjax.serving.admission import Admission
 from kvjax.serving.config import ServeConfig
 from kvjax.serving.errors import APIError
 from kvjax.serving.keys import Keys
 from kvjax.serving.metrics import Metrics
+from kvjax.serving.put_chunks import PutChunks
+from kvjax.serving.reports import Reports
 from kvjax.serving.tracing import Tracing
 
 Health = Literal["loading", "ok", "draining", "hung", "dead"]
@@ -33,6 +36,8 @@ class Service:
         endpoint = config.otlp_endpoint
         self.tracing = Tracing(endpoint, self.model) if endpoint else None
         self.admission = Admission(1, config.max_queue)
+        self.put_chunks = PutChunks()
+        self.reports = Reports()
         self._llm: AsyncLLM | None = None
         self._ids = itertools.count()
         self._tokenizing = asyncio.Lock()
@@ -85,6 +90,18 @@ class Service:
         asked = params.structured_outputs
         if isinstance(asked, StructuredOutputs):
             await asyncio.to_thread(self.llm.grammars.matcher, asked)
+
+    async def check_reuse(self, spec: str | None) -> Strategy | None:
+        """The reuse strategy that a request asks for, if it may serve this model; else 400.
+
+        Beside the event loop: which model that is, its weights say.
+        """
+        if spec is None:
+            return None
+        try:
+            return await asyncio.to_thread(self.llm.strategy, spec)
+        except ValueError as error:
+            raise APIError(400, str(error), code="reuse_refused", param="reuse") from None
 
     async def beside(self, size: int, work: Callable[[], list[int]]) -> list[int]:
         """Tokenises: at once what is short, else in a thread, one long text at a time."""

@@ -16,7 +16,7 @@ def tiny_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def shared(tiny_path: Path) -> Iterator[Client]:
-    with serving(tiny_path) as client:
+    with serving(tiny_path, {"force_reuse": True}) as client:
         yield client
 
 

@@ -1,5 +1,6 @@
 """Servers for the tests: a real engine with a tiny random model, on loopback, in a thread."""
 
+import asyncio
 import contextlib
 import dataclasses
 import http.client
@@ -77,6 +78,11 @@ class Client:
         text = self.request("GET", "/metrics").read().decode()
         (line,) = (line for line in text.splitlines() if line.startswith(f"kvjax:{name} "))
         return float(line.split()[-1])
+
+    def drop_chunks(self) -> None:
+        """Forgets every stored chunk, under whatever salt it was put."""
+        llm = self.service.llm
+        asyncio.run(llm.call(llm.engine.chunks.store.clear))
 
     def settled(self) -> None:
         """Waits until nothing runs; then every page is free or cached, and none is held."""

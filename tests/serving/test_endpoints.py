@@ -186,6 +186,7 @@ def test_metrics_count_what_happened(served):
     assert served.metric("prompt_tokens_total") == before["prompt_tokens_total"] + 8
     assert served.metric("num_requests_running") == 0
     assert served.metric("iteration_tokens_total_count") > 0
+    assert (served.metric("step_token_budget"), served.metric("out_of_memory_total")) == (64, 0)
     hits = served.metric("prefix_cache_hits_total")
     completion(served, prompt="count me")
     assert served.metric("prefix_cache_hits_total") == hits + 7
@@ -199,6 +200,7 @@ def test_nothing_is_compiled_after_the_server_is_ready(served):
 
 
 def test_reset_forgets_and_stats_add_up(served):
+    served.drop_chunks()
     completion(served, prompt="remember this for a while")
     pages = served.get("/v1/kv/stats")[1]["pages"]
     assert pages["cached_only"] > 0

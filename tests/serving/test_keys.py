@@ -57,6 +57,44 @@ def test_one_tenants_cache_is_invisible_to_another(keyed):
     assert keyed.engine.runner.real_tokens - computed >= whole + 1, "it was really computed"
 
 
+def test_one_tenants_chunks_and_reports_are_invisible_to_another(keyed):
+    chunk = {"text": "A page that only one of them has put."}
+    status, put = keyed.post("/v1/kv/chunks", chunk, **key(ALICE))
+    assert status == 200
+    path, named = f"/v1/kv/chunks/{put['id']}", {**PROMPT, "chunks": [{"id": put["id"]}]}
+    status, answer = keyed.post("/v1/completions", named, **key(ALICE))
+    assert status == 200
+    reuse = f"/v1/kv/requests/{answer['id']}/reuse"
+    assert keyed.get(reuse, **key(ALICE))[0] == 200
+    for other in (key(BOB), key(OPERATOR)):
+        assert keyed.get("/v1/kv/chunks", **other)[1]["data"] == []
+        assert keyed.get(path, **other)[0] == 404
+        for action in ("pin", "unpin"):
+            assert keyed.post(f"{path}/{action}", {}, **other)[0] == 404
+        assert keyed.request("DELETE", path, headers=other).status == 404
+        assert keyed.post("/v1/completions", named, **other)[0] == 404
+        assert keyed.get(reuse, **other)[0] == 404
+        listed = keyed.get("/v1/kv/requests", **other)[1]["requests"]
+        assert answer["id"] not in {one["id"] for one in listed}
+    computed = keyed.engine.runner.real_tokens
+    keyed.post("/v1/kv/chunks", chunk, **key(ALICE))
+    assert keyed.engine.runner.real_tokens == computed, "it is hers, and there"
+    status, bobs = keyed.post("/v1/kv/chunks", chunk, **key(BOB))
+    assert (status, bobs["id"]) == (200, put["id"]), "the id is of the text"
+    assert keyed.engine.runner.real_tokens - computed == put["tokens"], "it was really computed"
+    assert keyed.request("DELETE", path, headers=key(BOB)).status == 200
+    assert keyed.get(path, **key(ALICE))[1]["stored"] is True
+
+
+def test_a_strategy_that_was_not_measured_is_refused_with_what_to_do(keyed):
+    body = {**PROMPT, "chunks": ["abc"], "reuse": "epic:k=2"}
+    for path in ("/v1/completions", "/v1/kv/chunks"):
+        own = body if path == "/v1/completions" else {"text": "abc", "reuse": "epic:k=2"}
+        status, answer = keyed.post(path, own, **key(ALICE))
+        assert (status, answer["error"]["param"]) == (400, "reuse")
+        assert "kvjax reuse check" in answer["error"]["message"]
+
+
 @pytest.mark.parametrize(
     ("text", "says"),
     [("", "no key"), ("alice short", "16"), ("alice", "NAME KEY"), (f"a {ALICE} x", "NAME")],

@@ -15,7 +15,27 @@ from tests.serving.live_server import Client, until
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 BROWSER = next((found for name in BROWSERS if (found := shutil.which(name))), None)
+ANIMALS = (("fox", "red and quick"), ("hen", "white and loud"), ("cat", "black and lazy"))
 SHARED = "You are a helpful assistant who answers in few words. "
+
+
+def browse(folder: Path, *words: str) -> str:
+    """What the browser prints about a page that it was shown for four seconds of its time."""
+    assert BROWSER is not None
+    first = [
+        BROWSER, "--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars",
+        f"--user-data-dir={folder / 'profile'}", "--window-size=1220,1000",
+        "--virtual-time-budget=4000",
+    ]  # fmt: skip
+    done = subprocess.run([*first, *words], capture_output=True, text=True, timeout=60, check=True)
+    return done.stdout
+
+
+def keep(picture: Path) -> None:
+    """A picture that is none is an error; others are kept for who wants to look at them."""
+    assert picture.stat().st_size > 10_000
+    if folder := os.environ.get("KVJAX_TEST_SCREENSHOTS"):
+        shutil.copy(picture, Path(folder) / picture.name)
 
 
 @pytest.fixture
@@ -56,24 +76,17 @@ def test_occupancy_says_what_is_in_every_page(busy):
         assert node.parent == -1 or seen.nodes[node.parent].end == node.start
     assert any(SHARED[:20] in (node.text or "") for node in roots)
     for request in seen.requests:
-        assert request.texts is not None
+        assert request.segments is not None
         assert request.reused >= len(SHARED)
-        assert request.texts[0].startswith(SHARED)
+        first = request.segments[0]
+        assert (first.start, first.end, first.fate) == (0, request.reused, "exact")
+        assert first.text.startswith(SHARED)
+        assert request.segments[-1].end == request.prompt
 
 
 @pytest.mark.skipif(BROWSER is None, reason="no chromium here")
 def test_a_browser_draws_pages_requests_and_the_tree(busy, tmp_path):
-    assert BROWSER is not None
-    picture = tmp_path / "ui.png"
-    words = [
-        BROWSER, "--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars",
-        f"--user-data-dir={tmp_path / 'profile'}", "--window-size=1220,900",
-        "--virtual-time-budget=4000",
-    ]  # fmt: skip
-    drawn = subprocess.run(
-        [*words, "--dump-dom", f"{busy.url}/ui"],
-        capture_output=True, text=True, timeout=60, check=True,
-    ).stdout  # fmt: skip
+    drawn = browse(tmp_path, "--dump-dom", f"{busy.url}/ui")
     cells = drawn[drawn.index('id="pages"') : drawn.index('class="key"')]
     assert cells.count("<i ") == busy.engine.scheduler.pool.num_pages
     assert 'title="cached"' in cells
@@ -85,10 +98,27 @@ def test_a_browser_draws_pages_requests_and_the_tree(busy, tmp_path):
     assert table.count("<tr>") >= 1
     assert "hit rate" in drawn
     assert '<small id="error"></small>' in drawn
-    subprocess.run(
-        [*words, f"--screenshot={picture}", f"{busy.url}/ui"],
-        capture_output=True, timeout=60, check=True,
-    )  # fmt: skip
-    assert picture.stat().st_size > 10_000
-    if folder := os.environ.get("KVJAX_TEST_SCREENSHOTS"):
-        shutil.copy(picture, Path(folder) / "ui.png")
+    picture = tmp_path / "ui.png"
+    browse(tmp_path, f"--screenshot={picture}", f"{busy.url}/ui")
+    keep(picture)
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no chromium here")
+def test_a_browser_colours_a_prompt_by_what_became_of_its_tokens(served, tmp_path):
+    system, question = "You answer from what you are given. ", "What colour is the hen?"
+    chunks = [{"type": "chunk", "text": f"The {a} is {c}. "} for a, c in ANIMALS]
+    body = {"prompt": [system, *chunks, question], "max_tokens": 4, "reuse": "epic:k=5"}
+    served.post("/v1/completions", {**body, "prompt": [system, chunks[0], question]})
+    status, answer = served.post("/v1/completions", body)
+    assert status == 200
+    (told,) = served.get(f"/v1/kv/requests/{answer['id']}/reuse")[1]["prompts"]
+    url = f"{served.url}/ui?request={answer['id']}"
+    drawn = browse(tmp_path, "--dump-dom", url)
+    picture = tmp_path / "reuse.png"
+    browse(tmp_path, f"--screenshot={picture}", url)
+    prompt = drawn[drawn.index('<div id="prompt"') : drawn.index('id="fates"')]
+    marks = re.findall(r'background:var\(--(\w+)\)" title="[^"]*">([^<]*)<', prompt)
+    assert marks == [(s["fate"], s["text"]) for s in told["segments"]]
+    assert {"exact", "shifted", "recomputed", "computed"} <= {fate for fate, _ in marks}
+    keep(picture)
+    served.drop_chunks()

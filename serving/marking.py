@@ -1,0 +1,124 @@
+"""Prompts in which chunks are marked: from the parts of a body to token ids and spans.
+
+Every part is tokenised by itself, so that a chunk has the same tokens wherever it stands. A chat
+template gets a stand-in for each chunk, and its text is cut there.
+"""
+
+import dataclasses
+import re
+import secrets
+from collections.abc import Sequence as Seq
+
+from kvjax.cache.chunks import ChunkStore
+from kvjax.serving.errors import APIError
+from kvjax.serving.keys import Tenant
+from kvjax.serving.schemas import ChunkPart
+from kvjax.serving.service import Service
+
+Part = str | list[int] | ChunkPart
+
+
+@dataclasses.dataclass(frozen=True)
+class Marked:
+    """Token ids of a prompt, and which spans of them are chunks."""
+
+    ids: list[int]
+    spans: tuple[tuple[int, int], ...] = ()
+
+
+class Reader:
+    """Reads the parts of one request's prompts, in the namespace of its tenant and salt."""
+
+    def __init__(self, service: Service, tenant: Tenant, salt: str | None) -> None:
+        self._service, self._tenant, self._salt = service, tenant, salt
+
+    async def prompt(self, parts: Seq[Part], *, special: bool) -> Marked:
+        """Token ids of the parts in a row. `special`: the tokens that begin a text come first,
+        unless the first part that is no chunk brings ids."""
+        own = next((part for part in parts if not isinstance(part, ChunkPart)), "")
+        begins = special and isinstance(own, str)
+        ids: list[int] = []
+        spans: list[tuple[int, int]] = []
+        if begins and isinstance(parts[0], ChunkPart):
+            ids += self._service.llm.get_tokenizer().encode("")
+        for number, part in enumerate(parts):
+            if not isinstance(part, ChunkPart):
+                ids += await self._text(part, begins and number == 0)
+                continue
+            tokens = await self.chunk(part)
+            spans.append((len(ids), len(ids) + len(tokens)))
+            ids += tokens
+        return Marked(ids, tuple(spans))
+
+    async def chunk(self, part: ChunkPart) -> list[int]:
+        """Token ids of a chunk.
+
+        Raises:
+          APIError: 404, this tenant has no such chunk.
+          ValueError: it has no tokens, or ids that are not in the vocabulary.
+        """
+        if part.id is not None:
+            return await self._known(part.id)
+        tokens = await self._text(part.text if part.text is not None else part.token_ids or [])
+        if not tokens:
+            raise ValueError(f"a chunk has no tokens: {part.text!r}")
+        vocabulary = self._service.llm.engine.runner.config.vocab_size
+        if max(tokens) >= vocabulary:
+            raise ValueError(f"token id {max(tokens)} is not in the vocabulary of {vocabulary}")
+        return tokens
+
+    async def _text(self, part: str | list[int], special: bool = False) -> list[int]:
+        if not isinstance(part, str):
+            return part
+        tokenizer = self._service.llm.get_tokenizer()
+        return await self._service.beside(len(part), lambda: tokenizer.encode(part, special))
+
+    async def _known(self, chunk_id: str) -> list[int]:
+        found = self._service.put_chunks.get(self._tenant, self._salt, chunk_id)
+        if found is None:
+            store = self._service.llm.engine.chunks.store
+            found = await self._service.llm.call(lambda: stored_tokens(store, self._salt, chunk_id))
+        if found is None:
+            raise no_chunk(chunk_id)
+        return found
+
+
+def stored_tokens(store: ChunkStore, salt: str | None, chunk_id: str) -> list[int] | None:
+    """Tokens of a chunk that is stored; None if it is not. For the engine's thread."""
+    variant = next(iter(store.variants(salt, chunk_id).values()), None)
+    return None if variant is None else [*map(int, variant.tokens), *variant.tail]
+
+
+def no_chunk(chunk_id: str) -> APIError:
+    """What is told who names a chunk that is not there, or another tenant's."""
+    return APIError(404, f"there is no chunk {chunk_id!r}; put it again", code="chunk_not_found")
+
+
+class StandIns:
+    """Texts that stand for chunks while a chat template is rendered. Nobody can guess them."""
+
+    def __init__(self) -> None:
+        self._nonce = str(secrets.randbits(64))
+        self._parts: list[ChunkPart] = []
+
+    def put(self, part: ChunkPart) -> str:
+        """The text that stands for a chunk."""
+        self._parts.append(part)
+        return f"\ue000{self._nonce}:{len(self._parts) - 1}\ue001"
+
+    def cut(self, text: str) -> list[str | ChunkPart]:
+        """The rendered text with the chunks in their places.
+
+        Raises:
+          ValueError: the template has changed a stand-in.
+        """
+        pieces: list[str | ChunkPart] = []
+        found = re.split(f"\ue000{self._nonce}:(\\d+)\ue001", text)
+        for number, piece in enumerate(found):
+            if number % 2:
+                pieces.append(self._parts[int(piece)])
+            elif piece:
+                pieces.append(piece)
+        if any(self._nonce in piece for piece in found[::2]):
+            raise ValueError("the chat template rewrites what messages say: no chunk can be placed")
+        return pieces
