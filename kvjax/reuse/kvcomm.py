@@ -13,7 +13,8 @@ with it. A message takes its KV in float32 on the host once, and once more per p
 
 Inferred: an agent and a placeholder are known by the text in front; messages are encoded alone,
 not behind a chat header. Key offsets are taken before rotary positions of the prompt, at positions
-within the chunk; the authors rotate first and subtract then. Not here: the text behind a
+within the chunk; the authors rotate first and subtract then. Two anchors at least must be as long
+as a message; in their code one is enough if the pool has another, and passes whatever it is. Not here: the text behind a
 placeholder is computed as any text is, where the authors correct it as well (their `pf`).
 """
 
@@ -115,10 +116,10 @@ class KVComm(CanonicalChunks):
             return None
         pool = _pool(found, prompt.salt, placeholder(prompt, number))
         able = [a for a in pool if a.num_tokens >= message.num_tokens]
-        weights = gate_weights([_distance(message, anchor) for anchor in able]) if able else None
-        if weights is None or not predictable(weights, len(pool), self.gamma):
+        if len(able) < 2:
             return None
-        return able, weights
+        weights = gate_weights([_distance(message, anchor) for anchor in able])
+        return (able, weights) if predictable(weights, self.gamma) else None
 
     def patch(self, prompt: Prompt, hit: Hit, hits: Sequence[Hit], found: Found) -> KVPatch | None:
         """Interpolated offsets of keys and values."""
