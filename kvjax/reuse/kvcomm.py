@@ -14,8 +14,9 @@ with it. A message takes its KV in float32 on the host once, and once more per p
 Inferred: an agent and a placeholder are known by the text in front; messages are encoded alone,
 not behind a chat header. Key offsets are taken before rotary positions of the prompt, at positions
 within the chunk; the authors rotate first and subtract then. Two anchors at least must be as long
-as a message; in their code one is enough if the pool has another, and passes whatever it is. Not here: the text behind a
-placeholder is computed as any text is, where the authors correct it as well (their `pf`).
+as a message; in their code one is enough if the pool has another, and passes whatever it is.
+Not here: the text behind a placeholder is computed as any text is, where the authors correct it as
+well (their `pf`).
 """
 
 import dataclasses
