@@ -248,6 +248,19 @@ def test_a_message_is_an_anchor_of_few_agents_at_once():
     assert [len(pool(llm, agent)) for agent in ("a: ", "b: ", "c: ")] == [0, 1, 1]
 
 
+def test_anchors_may_come_from_a_file_as_plain_values():
+    llm, few = fresh_llm(), KVComm(gamma=1.0, anchors=2, window=2)
+    for message in MESSAGES[:2]:
+        ask(llm, message, few)
+    for variant in llm.chunks.store:
+        ages = variant.facts["kvcomm"].items()
+        variant.facts["kvcomm"] = {place: tuple(age) for place, age in ages}
+    assert ask(llm, MESSAGES[0], few).reuse.patched == len(MESSAGES[0])
+    ask(llm, MESSAGES[2], dataclasses.replace(few, gamma=0.0))
+    assert MESSAGES[2] in pool(llm)
+    assert len(pool(llm)) == 2
+
+
 def test_agents_and_tenants_have_pools_of_their_own():
     llm = fresh_llm()
     for message in MESSAGES[:2]:
