@@ -237,7 +237,7 @@ def test_asking_exactly_after_a_blend_is_a_cold_full_prefill():
 
 
 def kept(llm: Any, text: str, salt: str | None = None) -> list[Variant]:
-    return list(llm.chunks.store.variants(salt, tokens_hash(map(ord, text))).values())
+    return list(llm.engine.chunks.store.variants(salt, tokens_hash(map(ord, text))).values())
 
 
 def test_the_variant_whose_context_is_there_again_serves():
@@ -258,7 +258,7 @@ def test_what_is_kept_may_come_from_a_file_as_plain_values():
     answer(llm, prompts()["chunks"], CacheCraft())
     wanted = answer(llm, prompts()["order"], CacheCraft(), learn=False)
     llm.reset_prefix_cache()
-    for one in llm.chunks.store:
+    for one in llm.engine.chunks.store:
         one.facts["cachecraft"] = tuple(one.facts["cachecraft"])
     assert distance(answer(llm, prompts()["order"], CacheCraft(), learn=False), wanted) == 0
 

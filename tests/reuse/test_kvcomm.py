@@ -216,7 +216,7 @@ def pool(llm: Any, agent: str = SYSTEM, salt: str | None = None) -> dict[str, Ag
     name = tokens_hash(map(ord, agent))
     return {
         "".join(map(chr, v.tokens)): v.facts["kvcomm"][name]
-        for v in llm.chunks.store.of(salt)
+        for v in llm.engine.chunks.store.of(salt)
         if name in v.facts.get("kvcomm", {})
     }
 
@@ -226,7 +226,7 @@ def test_a_pool_is_bounded_and_what_left_it_takes_no_memory():
     for message in MESSAGES:
         ask(llm, message, few)
     assert list(pool(llm)) == list(MESSAGES[1:])
-    for variant in llm.chunks.store:
+    for variant in llm.engine.chunks.store:
         text = "".join(map(chr, variant.tokens))
         assert len(variant.arrays) == (2 if text == MESSAGES[0] else 4)
 
@@ -252,7 +252,7 @@ def test_anchors_may_come_from_a_file_as_plain_values():
     llm, few = fresh_llm(), KVComm(gamma=1.0, anchors=2, window=2)
     for message in MESSAGES[:2]:
         ask(llm, message, few)
-    for variant in llm.chunks.store:
+    for variant in llm.engine.chunks.store:
         ages = variant.facts["kvcomm"].items()
         variant.facts["kvcomm"] = {place: tuple(age) for place, age in ages}
     assert ask(llm, MESSAGES[0], few).reuse.patched == len(MESSAGES[0])
@@ -298,8 +298,8 @@ def test_anchors_leave_with_their_chunk():
     llm = fresh_llm()
     for message in MESSAGES[:2]:
         ask(llm, message)
-    variant = llm.chunks.store.get(VariantKey(None, tokens_hash(map(ord, MESSAGES[0])), ""))
-    llm.chunks.store.discard(variant)
+    variant = llm.engine.chunks.store.get(VariantKey(None, tokens_hash(map(ord, MESSAGES[0])), ""))
+    llm.engine.chunks.store.discard(variant)
     out = ask(llm, MESSAGES[0])
     assert out.reuse.patched == 0
     assert set(pool(llm)) == set(MESSAGES[:2])  # computed, and an anchor again
