@@ -41,7 +41,7 @@ def llm():
 def watched(llm, **options: Any) -> list[Any]:
     """What was noted: the prompt as observed, its KV, chunk 1 as kept, its KV, its attention."""
     llm.reset_prefix_cache()
-    llm.engine.chunks.store.clear()
+    llm.chunks.store.clear()
     notes: list[Any] = []
     params = SamplingParams(reuse=Watching((notes,)), temperature=0, **options)
     (out,) = llm.generate([PROMPT], params)
@@ -77,8 +77,8 @@ def test_a_kept_chunk_is_what_the_prompt_holds_with_keys_turned_back(llm):
     assert (kept.base, kept.lineage) == (start, "exact")
     np.testing.assert_array_equal(alone_v, v[:, start : start + len(SECOND)])
     llm.put_chunks([SECOND], strategy="naive")
-    (canonical,) = (x for x in llm.engine.chunks.store if x.key.context == "")
-    k, _ = llm.engine.chunks.read(canonical)
+    (canonical,) = (x for x in llm.chunks.store if x.key.context == "")
+    k, _ = llm.chunks.read(canonical)
     np.testing.assert_allclose(alone_k[0], k[0], atol=1e-4)  # layer 0 has no context
     assert np.abs(alone_k[1] - k[1]).max() > 0.01
 
