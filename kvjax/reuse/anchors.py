@@ -29,10 +29,10 @@ def gate_weights(distances: Sequence[float]) -> np.ndarray:
     return softmax(np.asarray(distances, np.float64))
 
 
-def predictable(weights: np.ndarray, pool: int, gamma: float) -> bool:
-    """Whether anchors with these weights, of a pool of that many, speak for a message: their
-    entropy is at most `gamma` of what equal weights have, and the pool has two or more."""
-    if pool <= 1 or not len(weights):
+def predictable(weights: np.ndarray, gamma: float) -> bool:
+    """Whether anchors with these weights speak for a message: their entropy is at most `gamma` of
+    what equal weights have. Fewer than two do not, and with a `gamma` of 0 none do."""
+    if len(weights) < 2 or gamma == 0:
         return False
     sure = weights[weights > 0]
     entropy = float(-(sure * np.log2(sure)).sum())

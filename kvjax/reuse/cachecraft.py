@@ -94,7 +94,7 @@ class CacheCraft(Strategy):
         before = prompt.tokens[: segment.start]
 
         def order(variant: Variant) -> tuple[float, bool, int]:
-            cost = overhead(variant.facts[_NAME], new)
+            cost = overhead(_context(variant), new)
             return cost, variant.context_ids != before, -variant.last_use
 
         return min(_kept(found, prompt.salt, segment.chunk), key=order, default=None)
@@ -122,7 +122,7 @@ class CacheCraft(Strategy):
         if self.ratio == 1:
             return [np.arange(hit.start, hit.stop) for hit in hits]
         costs = [
-            overhead(hit.variant.facts[_NAME], _names(pieces_before(prompt, hit.number)))
+            overhead(_context(hit.variant), _names(pieces_before(prompt, hit.number)))
             for hit in hits
         ]
         if self.ratio is None:
@@ -179,6 +179,10 @@ def eviction_order(variants: Sequence[Variant]) -> list[Variant]:
 
 def _kept(found: Found, salt: str | None, chunk: str) -> list[Variant]:
     return [v for v in found.variants(salt, chunk).values() if _NAME in v.facts]
+
+
+def _context(variant: Variant) -> Context:
+    return Context(*variant.facts[_NAME])  # plain, if it comes from a file
 
 
 def _names(pieces: Sequence[Piece]) -> tuple[str, ...]:

@@ -4,16 +4,15 @@
 `l`, `intra[l]` what they paid to each other; both in the mean over heads and summed over tokens.
 """
 
-import dataclasses
 import heapq
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Context:
+class Context(NamedTuple):
     """What a chunk stood behind when its KV was computed, and how it attended to it."""
 
     pieces: tuple[str, ...]  # in order, each name once (`named`)

@@ -13,8 +13,10 @@ with it. A message takes its KV in float32 on the host once, and once more per p
 
 Inferred: an agent and a placeholder are known by the text in front; messages are encoded alone,
 not behind a chat header. Key offsets are taken before rotary positions of the prompt, at positions
-within the chunk; the authors rotate first and subtract then. Not here: the text behind a
-placeholder is computed as any text is, where the authors correct it as well (their `pf`).
+within the chunk; the authors rotate first and subtract then. Two anchors at least must be as long
+as a message; in their code one is enough if the pool has another, and passes whatever it is.
+Not here: the text behind a placeholder is computed as any text is, where the authors correct it as
+well (their `pf`).
 """
 
 import dataclasses
@@ -87,6 +89,11 @@ class KVComm(CanonicalChunks):
         if not number or not 0 < self.temperature < float("inf"):
             raise ValueError(f"temperature must be a number above 0, got {self.temperature!r}")
 
+    @property
+    def patch_shapes(self) -> tuple[tuple[tuple[int, ...], str], ...]:
+        """Dense ones."""
+        return (((), "source"),)
+
     def annotate(self, variant: Variant, read: ReadKV) -> None:
         """Keeps a message's KV alone on the host, keys without any position."""
         if variant.key.context == context_hash(()) and "kvcomm:k" not in variant.arrays:
@@ -115,10 +122,10 @@ class KVComm(CanonicalChunks):
             return None
         pool = _pool(found, prompt.salt, placeholder(prompt, number))
         able = [a for a in pool if a.num_tokens >= message.num_tokens]
-        weights = gate_weights([_distance(message, anchor) for anchor in able]) if able else None
-        if weights is None or not predictable(weights, len(pool), self.gamma):
+        if len(able) < 2:
             return None
-        return able, weights
+        weights = gate_weights([_distance(message, anchor) for anchor in able])
+        return (able, weights) if predictable(weights, self.gamma) else None
 
     def patch(self, prompt: Prompt, hit: Hit, hits: Sequence[Hit], found: Found) -> KVPatch | None:
         """Interpolated offsets of keys and values."""
@@ -154,7 +161,7 @@ class KVComm(CanonicalChunks):
             if not observed.exact and spoken is not None:
                 anchors, weights = spoken
                 for i in top_p(weights, self.top_p):
-                    age = anchors[i].facts[_ANCHOR][pool]
+                    age = _age(anchors[i], pool)
                     anchors[i].facts[_ANCHOR][pool] = age._replace(uses=age.uses + 1)
                     bench.use(anchors[i])
             elif observed.exact and spoken is None and not _is_anchor(message, pool):
@@ -164,14 +171,14 @@ class KVComm(CanonicalChunks):
     def _add(self, message: Variant, pool: str, offset: KV, found: Found) -> None:
         """Puts an anchor into its pool, which another may have to leave."""
         there = _pool(found, message.key.salt, pool)
-        order = 1 + max((anchor.facts[_ANCHOR][pool].order for anchor in there), default=-1)
+        order = 1 + max((_age(anchor, pool).order for anchor in there), default=-1)
         message.facts.setdefault(_ANCHOR, {})[pool] = Age(order, 0)
         _store(message, f"kvcomm:{pool}", offset)
         if len(message.facts[_ANCHOR]) > self.pools:
             _remove(message, next(iter(message.facts[_ANCHOR])))
         there = _pool(found, message.key.salt, pool)
         while len(there) > self.anchors:
-            ages = [anchor.facts[_ANCHOR][pool] for anchor in there]
+            ages = [_age(anchor, pool) for anchor in there]
             _remove(there.pop(leaves(ages, self.window)), pool)
 
 
@@ -187,6 +194,10 @@ def _pool(found: Found, salt: str | None, pool: str) -> list[Variant]:
 
 def _is_anchor(variant: Variant, pool: str) -> bool:
     return pool in variant.facts.get(_ANCHOR, {})
+
+
+def _age(anchor: Variant, pool: str) -> Age:
+    return Age(*anchor.facts[_ANCHOR][pool])  # plain, if it comes from a file
 
 
 def _remove(variant: Variant, pool: str) -> None:

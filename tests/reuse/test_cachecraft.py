@@ -137,7 +137,7 @@ def variant(tokens: int, context: Context, scores: Any) -> Variant:
 def hits_and_prompt() -> tuple[list[Hit], Prompt]:
     """Two chunks of 4 tokens behind text, which was in front of neither when they were kept."""
     segments = (Segment(5, 9, "b"), Segment(9, 13, "c"))
-    old = dataclasses.replace(OLD, num_tokens=4)
+    old = OLD._replace(num_tokens=4)
     hits = [
         Hit(0, segments[0], variant(4, old, [1, 3, 2, 0]), 5, 9),
         Hit(1, segments[1], variant(4, old, [0, 1, 2, 3]), 9, 13),
@@ -251,6 +251,16 @@ def test_the_variant_whose_context_is_there_again_serves():
     answer(llm, ["In: ", Chunk(FIRST), "! ", Chunk(SECOND), "why?"], CacheCraft())
     assert (behind_first.uses, behind_third.uses) == (1, 1)
     assert 0 < behind_first.facts["saving"] <= 1
+
+
+def test_what_is_kept_may_come_from_a_file_as_plain_values():
+    llm = fresh_llm()
+    answer(llm, prompts()["chunks"], CacheCraft())
+    wanted = answer(llm, prompts()["order"], CacheCraft(), learn=False)
+    llm.reset_prefix_cache()
+    for one in llm.engine.chunks.store:
+        one.facts["cachecraft"] = tuple(one.facts["cachecraft"])
+    assert distance(answer(llm, prompts()["order"], CacheCraft(), learn=False), wanted) == 0
 
 
 def test_as_many_variants_are_kept_as_there_may_be():

@@ -48,22 +48,22 @@ def test_weights_are_softmax_of_minus_the_distance():
 
 
 @pytest.mark.parametrize(
-    ("weights", "pool", "gamma", "speaks"),
+    ("weights", "gamma", "speaks"),
     [
-        ([0.5, 0.5], 2, 1.0, True),  # entropy of 1 bit, of 1
-        ([0.5, 0.5], 2, 0.99, False),
-        ([0.9, 0.1], 2, 0.47, True),  # 0.469 bits
-        ([0.9, 0.1], 2, 0.46, False),
-        ([0.5, 0.25, 0.125, 0.125], 4, 0.875, True),  # 1.75 bits of 2
-        ([0.5, 0.25, 0.125, 0.125], 4, 0.87, False),
-        ([1.0, 0.0], 2, 0.0, True),
-        ([1.0], 1, 1.0, False),  # one anchor is none
-        ([1.0], 2, 0.0, True),  # one of two is long enough
-        ([], 2, 1.0, False),
+        ([0.5, 0.5], 1.0, True),  # entropy of 1 bit, of 1
+        ([0.5, 0.5], 0.99, False),
+        ([0.9, 0.1], 0.47, True),  # 0.469 bits
+        ([0.9, 0.1], 0.46, False),
+        ([0.5, 0.25, 0.125, 0.125], 0.875, True),  # 1.75 bits of 2
+        ([0.5, 0.25, 0.125, 0.125], 0.87, False),
+        ([1.0, 0.0], 0.01, True),
+        ([1.0, 0.0], 0.0, False),
+        ([1.0], 1.0, False),  # one anchor cannot be told from others
+        ([], 1.0, False),
     ],
 )
-def test_a_message_is_spoken_for_if_the_entropy_of_its_weights_is_low(weights, pool, gamma, speaks):
-    assert predictable(np.array(weights), pool, gamma) is speaks
+def test_a_message_is_spoken_for_if_the_entropy_of_its_weights_is_low(weights, gamma, speaks):
+    assert predictable(np.array(weights), gamma) is speaks
 
 
 def test_the_fewest_anchors_that_make_up_a_share_are_used():
@@ -248,6 +248,19 @@ def test_a_message_is_an_anchor_of_few_agents_at_once():
     assert [len(pool(llm, agent)) for agent in ("a: ", "b: ", "c: ")] == [0, 1, 1]
 
 
+def test_anchors_may_come_from_a_file_as_plain_values():
+    llm, few = fresh_llm(), KVComm(gamma=1.0, anchors=2, window=2)
+    for message in MESSAGES[:2]:
+        ask(llm, message, few)
+    for variant in llm.engine.chunks.store:
+        ages = variant.facts["kvcomm"].items()
+        variant.facts["kvcomm"] = {place: tuple(age) for place, age in ages}
+    assert ask(llm, MESSAGES[0], few).reuse.patched == len(MESSAGES[0])
+    ask(llm, MESSAGES[2], dataclasses.replace(few, gamma=0.0))
+    assert MESSAGES[2] in pool(llm)
+    assert len(pool(llm)) == 2
+
+
 def test_agents_and_tenants_have_pools_of_their_own():
     llm = fresh_llm()
     for message in MESSAGES[:2]:
@@ -264,8 +277,9 @@ def test_anchors_that_are_shorter_do_not_speak():
     llm = fresh_llm()
     for message in MESSAGES[:2]:
         ask(llm, message)
-    assert ask(llm, OTHER + "that is all").reuse.patched == 0
     assert ask(llm, OTHER[:9]).reuse.patched == 9
+    assert ask(llm, OTHER + "that is all").reuse.patched == 0
+    assert ask(llm, MESSAGES[2] + "in all").reuse.patched == 0  # one is long enough, of three
 
 
 def test_one_message_that_nothing_speaks_for_has_the_prompt_computed():
