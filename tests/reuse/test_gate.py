@@ -11,7 +11,7 @@ from kvjax.build import enable_compilation_cache
 from kvjax.build import verdicts as verdicts_of
 from kvjax.cli import main
 from kvjax.cli.reuse import agreements
-from kvjax.config import cache_dir
+from kvjax.config import EngineConfig, cache_dir
 from kvjax.errors import ReuseRefused
 from kvjax.request import Chunk
 from kvjax.reuse import parse
@@ -237,3 +237,9 @@ def test_check_refuses_what_there_is_nothing_to_measure_of(model, cache, capsys)
     ):
         assert main(["reuse", "check", str(model), *words]) == 2
         assert says in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("share", [1.1, -0.1, True, "0.5"])
+def test_a_limit_that_is_no_share_is_refused(share):
+    with pytest.raises(ValueError, match=r"min_reuse_agreement must be a number in \[0, 1\]"):
+        EngineConfig(min_reuse_agreement=share)
