@@ -97,10 +97,8 @@ def _entry(variant: Variant, spec: KVSpec, export: Callable[[Variant], Spans]) -
         "context_ids": np.asarray(variant.context_ids, np.int64),
     }
     shapes = {key: (array.dtype, array.shape) for key, array in (tokens | kept.arrays).items()}
-    for number, group in enumerate(spec.groups):
-        for part, array in empty_span(group, variant.num_tokens)._asdict().items():
-            if array is not None:
-                shapes[f"{part}{number}"] = (array.dtype, (len(group.layers), *array.shape))
+    for number in range(len(spec.groups)):
+        shapes |= _group_shapes(spec, number, variant.num_tokens)
 
     def read() -> dict[str, np.ndarray]:
         spans, found = export(variant), tokens | kept.arrays
@@ -112,6 +110,18 @@ def _entry(variant: Variant, spec: KVSpec, export: Callable[[Variant], Spans]) -
         return found
 
     return Entry(fields, shapes, read)
+
+
+def _group_shapes(
+    spec: KVSpec, number: int, num_tokens: int
+) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
+    """The arrays that hold the KV of a group: its layers first."""
+    group = spec.groups[number]
+    return {
+        f"{part}{number}": (array.dtype, (len(group.layers), *array.shape))
+        for part, array in empty_span(group, num_tokens)._asdict().items()
+        if array is not None
+    }
 
 
 class SavedChunks:
@@ -144,13 +154,17 @@ class SavedChunks:
             )  # fmt: skip
             return None
         try:
-            return _variant(fields, arrays), self._spans(arrays)
+            variant = _variant(fields, arrays)
+            return variant, self._spans(arrays, variant.num_tokens)
         except (KeyError, TypeError, ValueError) as error:  # its checksums fit: another writer
             raise CorruptChunks(f"{self._file.path}: chunk {number + 1}: {error!r}") from error
 
-    def _spans(self, arrays: Mapping[str, np.ndarray]) -> Spans:
+    def _spans(self, arrays: Mapping[str, np.ndarray], num_tokens: int) -> Spans:
         spans: dict[int, KVSpan] = {}
         for number, group in enumerate(self._spec.groups):
+            for key, (dtype, shape) in _group_shapes(self._spec, number, num_tokens).items():
+                if (arrays[key].dtype, arrays[key].shape) != (dtype, shape):
+                    raise ValueError(f"{key} is {arrays[key].dtype}{arrays[key].shape}")
             parts = [arrays.get(f"{part}{number}") for part in _SPAN_PARTS]
             for at, layer in enumerate(group.layers):
                 spans[layer] = KVSpan(*(None if p is None else p[at] for p in parts))  # type: ignore[arg-type]

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from kvjax import LLM, AsyncLLM, Chunk, SamplingParams
+from kvjax.cache.chunk_file import ChunkFile, Entry, write
 from kvjax.errors import CorruptChunks, ForeignChunks, PromptTooLong, UnknownChunk
 from kvjax.reuse.strategy import KVPatch
 from tests.tiny_checkpoint import write_tiny_checkpoint
@@ -155,6 +156,22 @@ def test_what_strategies_keep_with_a_chunk_travels_with_it(checkpoint, tmp_path)
         )
     np.testing.assert_array_equal(found.scores["attention"], variant.scores["attention"])
     np.testing.assert_array_equal(found.arrays["hidden"], variant.arrays["hidden"], strict=True)
+
+
+def test_kv_of_another_shape_under_right_checksums_is_refused(checkpoint, tmp_path):
+    llm = opened(checkpoint)
+    llm.chunks.put([A])
+    llm.chunks.save(tmp_path / "chunks")
+    with ChunkFile(tmp_path / "chunks") as file:
+        arrays, (fields,), about = file.read(0), file.entries, file.about
+    assert arrays is not None
+    arrays["k0"] = arrays["k0"][:, :, :1]
+    shapes = {key: (array.dtype, array.shape) for key, array in arrays.items()}
+    write(tmp_path / "chunks", about, [Entry(fields, shapes, lambda: arrays)])
+    llm.chunks.delete(Chunk(A))
+    with pytest.raises(CorruptChunks, match=r"chunk 1: .*k0 is float32"):
+        llm.chunks.load(tmp_path / "chunks")
+    assert not llm.chunks.list()
 
 
 def test_what_cannot_be_saved_is_named(checkpoint, tmp_path):
