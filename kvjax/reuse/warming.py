@@ -39,7 +39,7 @@ def reuse_programs(strategy: Strategy, facts: ModelFacts, max_model_len: int) ->
     return tuple(shapes)
 
 
-def smallest_holding(shapes: Iterable[Shape], wanted: StagedShape) -> StagedShape | None:
+def smallest_holding(shapes: Iterable[object], wanted: StagedShape) -> StagedShape | None:
     """The program that computes least among those which can run what `wanted` was made for."""
     fits = [s for s in shapes if isinstance(s, StagedShape) and _holds(s, wanted)]
     return min(fits, key=_cost, default=None)
