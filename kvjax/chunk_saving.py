@@ -7,6 +7,7 @@ of its pages only the KV of its own tokens, so that it can be loaded into pages 
 import dataclasses
 import json
 import logging
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from kvjax.cache.pages import KVSpec
 from kvjax.errors import CorruptChunks, ForeignChunks
 from kvjax.models import ModelConfig
 from kvjax.pallas_kernels.page_ops import KVSpan
-from kvjax.reuse.strategy import KVPatch
+from kvjax.reuse import STRATEGIES, Strategy
 from kvjax.transfer import Spans, empty_span
 
 log = logging.getLogger("kvjax")
@@ -156,6 +157,8 @@ class SavedChunks:
         try:
             variant = _variant(fields, arrays)
             return variant, self._spans(arrays, variant.num_tokens)
+        except ForeignChunks:
+            raise
         except (KeyError, TypeError, ValueError) as error:  # its checksums fit: another writer
             raise CorruptChunks(f"{self._file.path}: chunk {number + 1}: {error!r}") from error
 
@@ -220,16 +223,40 @@ class _Kept:
             name = self._names.setdefault(id(value), f"kept{len(self._names)}")
             self.arrays[name] = value
             return {"array": name}
+        if dataclasses.is_dataclass(value) or hasattr(value, "_fields"):
+            return {"record": [*_name(type(value)), self.encode(_fields(value))]}
         if isinstance(value, tuple | list):
             kind = "tuple" if isinstance(value, tuple) else "list"
             return {kind: [self.encode(item) for item in value]}
         if isinstance(value, Mapping):
             pairs = [[self.encode(key), self.encode(item)] for key, item in value.items()]
             return {"mapping": pairs}
-        if isinstance(value, KVPatch):
-            fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
-            return {"patch": self.encode(fields)}
         raise ValueError(f"a chunk keeps a {type(value).__name__}, which cannot be saved")
+
+
+def _modules() -> set[str]:
+    """Where records may come from: nothing else is ever looked up by a name in a file."""
+    return {Strategy.__module__, *(strategy.__module__ for strategy in STRATEGIES.values())}
+
+
+def _name(kind: type) -> tuple[str, str]:
+    """How `_record` finds a dataclass or named tuple again."""
+    if kind.__module__ not in _modules() or kind.__qualname__ != kind.__name__:
+        raise ValueError(f"a chunk keeps a {kind.__name__}, which cannot be saved")
+    return kind.__module__, kind.__name__
+
+
+def _fields(value: Any) -> dict[str, Any]:
+    if hasattr(value, "_fields"):
+        return value._asdict()
+    return {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
+
+
+def _record(module: str, name: str) -> Callable[..., Any]:
+    found = getattr(sys.modules[module], name, None) if module in _modules() else None
+    if isinstance(found, type) and (dataclasses.is_dataclass(found) or hasattr(found, "_fields")):
+        return found
+    raise ForeignChunks(f"a chunk keeps a {module}.{name}, which no strategy here knows")
 
 
 def _decode(value: Any, arrays: Mapping[str, np.ndarray]) -> Any:
@@ -246,6 +273,7 @@ def _decode(value: Any, arrays: Mapping[str, np.ndarray]) -> Any:
             return [_decode(item, arrays) for item in inner]
         case "mapping":
             return {_decode(key, arrays): _decode(item, arrays) for key, item in inner}
-        case "patch":
-            return KVPatch(**_decode(inner, arrays))
+        case "record":
+            module, name, fields = inner
+            return _record(module, name)(**_decode(fields, arrays))
     raise ValueError(f"unknown kind {kind!r}")
