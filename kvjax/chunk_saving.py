@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from kvjax import reuse
 from kvjax.cache import chunk_file
 from kvjax.cache.chunk_file import ChunkFile, Entry
 from kvjax.cache.chunks import Variant, VariantKey, tokens_hash
@@ -21,7 +22,6 @@ from kvjax.cache.pages import KVSpec
 from kvjax.errors import CorruptChunks, ForeignChunks
 from kvjax.models import ModelConfig
 from kvjax.pallas_kernels.page_ops import KVSpan
-from kvjax.reuse import STRATEGIES, Strategy
 from kvjax.transfer import Spans, empty_span
 
 log = logging.getLogger("kvjax")
@@ -234,14 +234,16 @@ class _Kept:
         raise ValueError(f"a chunk keeps a {type(value).__name__}, which cannot be saved")
 
 
-def _modules() -> set[str]:
-    """Where records may come from: nothing else is ever looked up by a name in a file."""
-    return {Strategy.__module__, *(strategy.__module__ for strategy in STRATEGIES.values())}
+def _is_of_reuse(module: str) -> bool:
+    """Whether records may come from there: nothing else is ever looked up by a name in a file."""
+    ours = module.startswith(f"{reuse.__name__}.")
+    known = ours or any(module == kind.__module__ for kind in reuse.STRATEGIES.values())
+    return known and module in sys.modules
 
 
 def _name(kind: type) -> tuple[str, str]:
     """How `_record` finds a dataclass or named tuple again."""
-    if kind.__module__ not in _modules() or kind.__qualname__ != kind.__name__:
+    if not _is_of_reuse(kind.__module__) or kind.__qualname__ != kind.__name__:
         raise ValueError(f"a chunk keeps a {kind.__name__}, which cannot be saved")
     return kind.__module__, kind.__name__
 
@@ -253,7 +255,7 @@ def _fields(value: Any) -> dict[str, Any]:
 
 
 def _record(module: str, name: str) -> Callable[..., Any]:
-    found = getattr(sys.modules[module], name, None) if module in _modules() else None
+    found = getattr(sys.modules[module], name, None) if _is_of_reuse(module) else None
     if isinstance(found, type) and (dataclasses.is_dataclass(found) or hasattr(found, "_fields")):
         return found
     raise ForeignChunks(f"a chunk keeps a {module}.{name}, which no strategy here knows")
