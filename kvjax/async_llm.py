@@ -14,8 +14,9 @@ from typing import Any
 
 from jax.sharding import Mesh
 
+from kvjax.async_chunk_library import AsyncChunkLibrary
 from kvjax.build import build, tensor_parallel_mesh
-from kvjax.chunk_library import AsyncChunkLibrary, ChunkLibrary
+from kvjax.chunk_library import ChunkLibrary
 from kvjax.config import EngineConfig
 from kvjax.errors import KVJaxError
 from kvjax.grammar import Grammars

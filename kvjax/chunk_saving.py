@@ -7,12 +7,14 @@ of its pages only the KV of its own tokens, so that it can be loaded into pages 
 import dataclasses
 import json
 import logging
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from kvjax import reuse
 from kvjax.cache import chunk_file
 from kvjax.cache.chunk_file import ChunkFile, Entry
 from kvjax.cache.chunks import Variant, VariantKey, tokens_hash
@@ -20,7 +22,6 @@ from kvjax.cache.pages import KVSpec
 from kvjax.errors import CorruptChunks, ForeignChunks
 from kvjax.models import ModelConfig
 from kvjax.pallas_kernels.page_ops import KVSpan
-from kvjax.reuse.strategy import KVPatch
 from kvjax.transfer import Spans, empty_span
 
 log = logging.getLogger("kvjax")
@@ -97,10 +98,8 @@ def _entry(variant: Variant, spec: KVSpec, export: Callable[[Variant], Spans]) -
         "context_ids": np.asarray(variant.context_ids, np.int64),
     }
     shapes = {key: (array.dtype, array.shape) for key, array in (tokens | kept.arrays).items()}
-    for number, group in enumerate(spec.groups):
-        for part, array in empty_span(group, variant.num_tokens)._asdict().items():
-            if array is not None:
-                shapes[f"{part}{number}"] = (array.dtype, (len(group.layers), *array.shape))
+    for number in range(len(spec.groups)):
+        shapes |= _group_shapes(spec, number, variant.num_tokens)
 
     def read() -> dict[str, np.ndarray]:
         spans, found = export(variant), tokens | kept.arrays
@@ -112,6 +111,18 @@ def _entry(variant: Variant, spec: KVSpec, export: Callable[[Variant], Spans]) -
         return found
 
     return Entry(fields, shapes, read)
+
+
+def _group_shapes(
+    spec: KVSpec, number: int, num_tokens: int
+) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
+    """The arrays that hold the KV of a group: its layers first."""
+    group = spec.groups[number]
+    return {
+        f"{part}{number}": (array.dtype, (len(group.layers), *array.shape))
+        for part, array in empty_span(group, num_tokens)._asdict().items()
+        if array is not None
+    }
 
 
 class SavedChunks:
@@ -144,13 +155,19 @@ class SavedChunks:
             )  # fmt: skip
             return None
         try:
-            return _variant(fields, arrays), self._spans(arrays)
+            variant = _variant(fields, arrays)
+            return variant, self._spans(arrays, variant.num_tokens)
+        except ForeignChunks:
+            raise
         except (KeyError, TypeError, ValueError) as error:  # its checksums fit: another writer
             raise CorruptChunks(f"{self._file.path}: chunk {number + 1}: {error!r}") from error
 
-    def _spans(self, arrays: Mapping[str, np.ndarray]) -> Spans:
+    def _spans(self, arrays: Mapping[str, np.ndarray], num_tokens: int) -> Spans:
         spans: dict[int, KVSpan] = {}
         for number, group in enumerate(self._spec.groups):
+            for key, (dtype, shape) in _group_shapes(self._spec, number, num_tokens).items():
+                if (arrays[key].dtype, arrays[key].shape) != (dtype, shape):
+                    raise ValueError(f"{key} is {arrays[key].dtype}{arrays[key].shape}")
             parts = [arrays.get(f"{part}{number}") for part in _SPAN_PARTS]
             for at, layer in enumerate(group.layers):
                 spans[layer] = KVSpan(*(None if p is None else p[at] for p in parts))  # type: ignore[arg-type]
@@ -206,16 +223,42 @@ class _Kept:
             name = self._names.setdefault(id(value), f"kept{len(self._names)}")
             self.arrays[name] = value
             return {"array": name}
+        if dataclasses.is_dataclass(value) or hasattr(value, "_fields"):
+            return {"record": [*_name(type(value)), self.encode(_fields(value))]}
         if isinstance(value, tuple | list):
             kind = "tuple" if isinstance(value, tuple) else "list"
             return {kind: [self.encode(item) for item in value]}
         if isinstance(value, Mapping):
             pairs = [[self.encode(key), self.encode(item)] for key, item in value.items()]
             return {"mapping": pairs}
-        if isinstance(value, KVPatch):
-            fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
-            return {"patch": self.encode(fields)}
         raise ValueError(f"a chunk keeps a {type(value).__name__}, which cannot be saved")
+
+
+def _is_of_reuse(module: str) -> bool:
+    """Whether records may come from there: nothing else is ever looked up by a name in a file."""
+    ours = module.startswith(f"{reuse.__name__}.")
+    known = ours or any(module == kind.__module__ for kind in reuse.STRATEGIES.values())
+    return known and module in sys.modules
+
+
+def _name(kind: type) -> tuple[str, str]:
+    """How `_record` finds a dataclass or named tuple again."""
+    if not _is_of_reuse(kind.__module__) or kind.__qualname__ != kind.__name__:
+        raise ValueError(f"a chunk keeps a {kind.__name__}, which cannot be saved")
+    return kind.__module__, kind.__name__
+
+
+def _fields(value: Any) -> dict[str, Any]:
+    if hasattr(value, "_fields"):
+        return value._asdict()
+    return {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
+
+
+def _record(module: str, name: str) -> Callable[..., Any]:
+    found = getattr(sys.modules[module], name, None) if _is_of_reuse(module) else None
+    if isinstance(found, type) and (dataclasses.is_dataclass(found) or hasattr(found, "_fields")):
+        return found
+    raise ForeignChunks(f"a chunk keeps a {module}.{name}, which no strategy here knows")
 
 
 def _decode(value: Any, arrays: Mapping[str, np.ndarray]) -> Any:
@@ -232,6 +275,7 @@ def _decode(value: Any, arrays: Mapping[str, np.ndarray]) -> Any:
             return [_decode(item, arrays) for item in inner]
         case "mapping":
             return {_decode(key, arrays): _decode(item, arrays) for key, item in inner}
-        case "patch":
-            return KVPatch(**_decode(inner, arrays))
+        case "record":
+            module, name, fields = inner
+            return _record(module, name)(**_decode(fields, arrays))
     raise ValueError(f"unknown kind {kind!r}")

@@ -19,6 +19,7 @@ from typing import IO, Any, NoReturn
 from kvjax.intake import Prompt
 from kvjax.marked import is_marked, part_of
 from kvjax.request import CompletionOutput, Logprob, RequestOutput, SamplingParams
+from kvjax.reuse.report import ReuseReport
 
 _PROMPT_FIELDS = ("prompt", "prompt_token_ids", "messages")
 _PARAM_FIELDS = tuple(field.name for field in dataclasses.fields(SamplingParams))
@@ -170,9 +171,21 @@ def output_record(output: RequestOutput) -> dict[str, Any]:
         found["metrics"] = {
             n: round(v, 6) if isinstance(v, float) else v for n, v in values.items()
         }
+    if output.reuse is not None:
+        found["reuse"] = _reuse(output.reuse)
     if output.prompt_logprobs is not None:
         found["prompt_logprobs"] = [_position(entry) for entry in output.prompt_logprobs]
     return found
+
+
+def _reuse(report: ReuseReport) -> dict[str, Any]:
+    """How the prompt's KV came about: tokens by fate, for each group of layers."""
+    return {
+        "strategy": report.strategy,
+        "layers": [dataclasses.asdict(group) for group in report.groups],
+        "copied_tokens": report.copied_tokens,
+        "share_run": round(report.share_run, 6),
+    }
 
 
 def error_record(error: Exception) -> dict[str, str]:

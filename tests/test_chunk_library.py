@@ -1,15 +1,18 @@
 """Documents put, pinned, listed, deleted, saved and loaded: what comes back is what was there."""
 
 import asyncio
+import dataclasses
 import logging
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 
 from kvjax import LLM, AsyncLLM, Chunk, SamplingParams
+from kvjax.cache.chunk_file import ChunkFile, Entry, write
 from kvjax.errors import CorruptChunks, ForeignChunks, PromptTooLong, UnknownChunk
+from kvjax.reuse import STRATEGIES, Naive
 from kvjax.reuse.strategy import KVPatch
 from tests.tiny_checkpoint import write_tiny_checkpoint
 from tests.tiny_model import tiny
@@ -155,6 +158,56 @@ def test_what_strategies_keep_with_a_chunk_travels_with_it(checkpoint, tmp_path)
         )
     np.testing.assert_array_equal(found.scores["attention"], variant.scores["attention"])
     np.testing.assert_array_equal(found.arrays["hidden"], variant.arrays["hidden"], strict=True)
+
+
+class Age(NamedTuple):
+    order: int
+    uses: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Remembering(Naive):
+    name = "remembering"
+
+
+def test_records_of_strategies_travel_and_those_of_strangers_are_refused(
+    checkpoint, tmp_path, monkeypatch
+):
+    llm = opened(checkpoint)
+    llm.chunks.put([A])
+    (variant,) = llm.engine.chunks.store
+    variant.facts["ages"] = {"pool": Age(3, 4)}
+    with pytest.raises(ValueError, match="keeps a Age, which cannot be saved"):
+        llm.chunks.save(tmp_path / "chunks")
+    monkeypatch.setitem(STRATEGIES, "remembering", Remembering)
+    llm.chunks.save(tmp_path / "chunks")
+    llm.chunks.delete(Chunk(A))
+    llm.chunks.load(tmp_path / "chunks")
+    (found,) = llm.engine.chunks.store
+    assert found.facts["ages"]["pool"]._replace(uses=5) == Age(3, 5)
+    llm.chunks.delete(Chunk(A))
+    monkeypatch.delitem(STRATEGIES, "remembering")
+    with pytest.raises(
+        ForeignChunks, match=r"test_chunk_library\.Age, which no strategy here knows"
+    ):
+        llm.chunks.load(tmp_path / "chunks")
+    assert not llm.chunks.list()
+
+
+def test_kv_of_another_shape_under_right_checksums_is_refused(checkpoint, tmp_path):
+    llm = opened(checkpoint)
+    llm.chunks.put([A])
+    llm.chunks.save(tmp_path / "chunks")
+    with ChunkFile(tmp_path / "chunks") as file:
+        arrays, (fields,), about = file.read(0), file.entries, file.about
+    assert arrays is not None
+    arrays["k0"] = arrays["k0"][:, :, :1]
+    shapes = {key: (array.dtype, array.shape) for key, array in arrays.items()}
+    write(tmp_path / "chunks", about, [Entry(fields, shapes, lambda: arrays)])
+    llm.chunks.delete(Chunk(A))
+    with pytest.raises(CorruptChunks, match=r"chunk 1: .*k0 is float32"):
+        llm.chunks.load(tmp_path / "chunks")
+    assert not llm.chunks.list()
 
 
 def test_what_cannot_be_saved_is_named(checkpoint, tmp_path):

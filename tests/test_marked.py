@@ -5,7 +5,7 @@ import json
 import pytest
 
 from kvjax import LLM, Chunk, SamplingParams
-from kvjax.jsonl import Line, parse_json
+from kvjax.jsonl import Line, output_record, parse_json
 from kvjax.marked import chat_parts
 from kvjax.models.chat import render_chat
 from tests.tiny_model import LetterTokenizer, tiny
@@ -73,6 +73,17 @@ def test_chunks_of_a_conversation_are_reused(monkeypatch):
     assert swapped.reuse is not None
     assert swapped.reuse.shifted == len(A) + len(B)
     assert len(llm.chunks.list()) == 2
+
+
+def test_the_record_of_a_prompt_with_chunks_says_what_became_of_its_tokens():
+    llm = tiny(LLM, fresh=True, num_pages=64, max_model_len=256)
+    prompt = ["Read: ", Chunk(A), "Who?"]
+    (out,) = llm.generate([prompt], SamplingParams(temperature=0, max_tokens=2, reuse="naive"))
+    (layers,) = json.loads(json.dumps(output_record(out)))["reuse"]["layers"]
+    counts = [layers[name] for name in ("exact", "shifted", "recomputed", "computed")]
+    assert counts == [0, len(A), 0, len("Read: Who?")]
+    (plain,) = llm.generate(["Read"], SamplingParams(temperature=0, max_tokens=2))
+    assert "reuse" not in output_record(plain)
 
 
 def parsed(**fields):

@@ -21,12 +21,14 @@ HELP = "complete a file of prompts"
 EPILOG = """\
 INPUT is JSONL or plain text (one prompt a line); '-' or nothing is standard input. A JSONL line
 has one of "prompt", "prompt_token_ids", "messages", perhaps an "id", and any sampling parameter
-(underscores: "max_tokens"), which wins over the flag. Blank lines are skipped.
+(underscores: "max_tokens"), which wins over the flag. A prompt may be a list of texts and
+{"chunk": text} whose KV is reused (--reuse), and so may a message's content. Blank lines are
+skipped.
 
 Each line gives one JSON record: id, line (its number), sha256 (of the line), outputs (index, text,
-token_ids, finish_reason), num_prompt_tokens, num_cached_tokens, metrics, error. Records come as
-lines finish, unless --ordered. A line that is wrong gives an error record, and the others still
-run; the exit status is then 1.
+token_ids, finish_reason), num_prompt_tokens, num_cached_tokens, metrics, error, and of a prompt
+with chunks what became of its tokens (reuse). Records come as lines finish, unless --ordered. A
+line that is wrong gives an error record, and the others still run; the exit status is then 1.
 
 examples:
   kvjax generate smollm2-135m questions.jsonl -o answers.jsonl --max-tokens 64
