@@ -10,6 +10,7 @@ from typing import Protocol
 from kvjax.benchmarks import results
 
 COMMANDS = {  # name -> (module with `add_arguments` and `run`, help)
+    "compare": ("kvjax.benchmarks.compare", "two results: what changed, and what is noise"),
     "engine": ("kvjax.benchmarks.engine", "kvjax and its peers with the same work, interleaved"),
     "http": ("kvjax.benchmarks.http", "the server against AsyncLLM, called directly"),
     "kernels": ("kvjax.benchmarks.kernels", "the kernels against the device's own ceilings"),
