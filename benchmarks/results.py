@@ -79,6 +79,7 @@ class Results:
         ]
         return {
             "version": VERSION,
+            "command": "engine",
             "status": self.status,
             "manifest": self.manifest,
             "rows": rows,

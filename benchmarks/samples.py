@@ -10,6 +10,7 @@ from kvjax.benchmarks.results import METRICS
 
 LEAST_ROUNDS = 3  # with fewer, the requests of a serving run are the sample
 _NO_QUALITY = ("other_cores", "same_tokens")  # neither more nor less of them is better
+_COUNTS = ("bytes", "flops")  # of a kernel's row: they follow from what names it
 Run = Mapping[str, Any]
 
 

@@ -35,6 +35,12 @@ class Target:
             "cached_tokens": [int(out.num_cached_tokens) for out in outputs],
         }
 
+    def about(self) -> dict[str, Any]:
+        """The engine's part of a manifest."""
+        from kvjax.benchmarks import engine_manifest
+
+        return engine_manifest.of_engine(self.llm.engine, self.llm.get_tokenizer())
+
     def reset(self) -> None:
         """Empties the prefix cache."""
         self.llm.reset_prefix_cache()

@@ -9,6 +9,7 @@ Only the standard library is imported, so this runs in every peer's environment.
             # greedy, end-of-sequence ignored, all prompts at once: {"token_ids": [[int]]} and,
             # per prompt where known, "first_token_s": [since the call], "cached_tokens": [int]
         def reset(self) -> None: ...        # optional: forgets every cached prefix
+        def about(self) -> dict: ...        # optional: what the run's manifest says of it
         def keep_prefix(self, tokens): ...  # optional, where prefixes are not kept by themselves
 
 One request per line on stdin, one answer per line on stdout; all else that is printed goes to
@@ -78,6 +79,11 @@ class Session:
         reply = self.target.generate(prompts, max_tokens)
         seconds = time.perf_counter() - start
         return {"seconds": seconds, **reply}
+
+    def op_about(self) -> dict:
+        """What the target says of itself, if anything."""
+        about = getattr(self.target, "about", None)
+        return {"about": None if about is None else about()}
 
     def op_reset(self) -> dict:
         """Forgets cached prefixes where the target can; says whether it did."""
