@@ -1,8 +1,8 @@
 """Replay of request traces: their arrivals, lengths and shared blocks, at a stated scale.
 
-The traces have no text. A block of 512 tokens that has a hash id becomes `512 * scale` pseudo-random
-tokens that depend on seed and id alone, so equal blocks are equal wherever they come. Sources and
-licences are in `data/traces/README.md`.
+The traces have no text. A block of 512 tokens that has a hash id becomes `512 * scale`
+pseudo-random tokens that depend on seed and id alone, so equal blocks are equal wherever they come.
+Sources and licences are in `data/traces/README.md`.
 """
 
 import csv
