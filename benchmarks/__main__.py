@@ -16,6 +16,7 @@ COMMANDS = {  # name -> (module with `add_arguments` and `run`, help)
     "kernels": ("kvjax.benchmarks.kernels", "the kernels against the device's own ceilings"),
     "overhead": ("kvjax.benchmarks.overhead", "the engine against its own compiled parts"),
     "reuse": ("kvjax.benchmarks.reuse", "reuse strategies against the same model's full prefill"),
+    "serve": ("kvjax.benchmarks.serve", "a workload sent as clients would, in process or to a URL"),
 }
 
 

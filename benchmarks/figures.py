@@ -101,18 +101,22 @@ def busiest_second(records: Sequence[Record]) -> float:
 
 
 def reused(records: Sequence[Record]) -> dict[str, Any]:
-    """Prompt tokens by how their KV came; None where the target does not tell."""
+    """Prompt tokens by how their KV came; None where the target does not tell.
+
+    The hit rate is of exact hits. Passages that are encoded when a prompt first has them count as
+    stored for that prompt already.
+    """
     inputs = sum(r.input_len for r in records)
 
     def total(name: str) -> int | None:
         values = [getattr(r, name) for r in records]
         return None if not values or None in values else round(sum(values))
 
-    cached, shifted = total("cached"), total("shifted")
-    hits = None if cached is None or not inputs else (cached + (shifted or 0)) / inputs
+    cached = total("cached")
+    hits = None if cached is None or not inputs else cached / inputs
     return {
         "total_cached_tokens": cached,
-        "total_shifted_tokens": shifted,
+        "total_shifted_tokens": total("shifted"),
         "total_recomputed_tokens": total("recomputed"),
         "cache_hit_rate": hits,
     }

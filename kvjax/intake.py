@@ -28,7 +28,9 @@ from kvjax.reuse.report import ReuseReport
 from kvjax.sequence import Request, Sequence
 from kvjax.text import TextStream
 
-Prompt = str | Seq[int] | Mapping[str, Any] | Seq[Mapping[str, Any]] | Seq[str | Chunk]
+Prompt = (
+    str | Seq[int] | Mapping[str, Any] | Seq[Mapping[str, Any]] | Seq[str | tuple[int, ...] | Chunk]
+)
 
 
 class Intake:
@@ -275,11 +277,11 @@ class Intake:
 
 
 def is_marked(prompt: Any) -> bool:
-    """Whether a prompt is a list of texts and chunks."""
+    """Whether a prompt is a list of chunks and, between them, texts or tuples of token ids."""
     if not isinstance(prompt, list | tuple) or not prompt:
         return False
     return any(isinstance(part, Chunk) for part in prompt) and all(
-        isinstance(part, str | Chunk) for part in prompt
+        isinstance(part, str | Chunk | tuple) for part in prompt
     )
 
 
