@@ -14,9 +14,12 @@ COMMANDS = {  # name -> (module with `add_arguments` and `run`, help)
     "engine": ("kvjax.benchmarks.engine", "kvjax and its peers with the same work, interleaved"),
     "http": ("kvjax.benchmarks.http", "the server against AsyncLLM, called directly"),
     "kernels": ("kvjax.benchmarks.kernels", "the kernels against the device's own ceilings"),
+    "latency": ("kvjax.benchmarks.latency", "seconds of one batch, prompts to last token"),
     "overhead": ("kvjax.benchmarks.overhead", "the engine against its own compiled parts"),
     "reuse": ("kvjax.benchmarks.reuse", "reuse strategies against the same model's full prefill"),
     "serve": ("kvjax.benchmarks.serve", "a workload sent as clients would, in process or to a URL"),
+    "startup": ("kvjax.benchmarks.startup", "a new process until its first token"),
+    "throughput": ("kvjax.benchmarks.throughput", "all prompts of a workload at once"),
 }
 
 

@@ -41,6 +41,14 @@ class Target:
 
         return engine_manifest.of_engine(self.llm.engine, self.llm.get_tokenizer())
 
+    def counters(self) -> dict[str, Any]:
+        """`engine_manifest.Counters`, by name."""
+        import dataclasses
+
+        from kvjax.benchmarks.engine_manifest import Counters
+
+        return dataclasses.asdict(Counters.of(self.llm.engine))
+
     def reset(self) -> None:
         """Empties the prefix cache."""
         self.llm.reset_prefix_cache()

@@ -10,6 +10,7 @@ Only the standard library is imported, so this runs in every peer's environment.
             # per prompt where known, "first_token_s": [since the call], "cached_tokens": [int]
         def reset(self) -> None: ...        # optional: forgets every cached prefix
         def about(self) -> dict: ...        # optional: what the run's manifest says of it
+        def counters(self) -> dict: ...     # optional: compilations and steps so far
         def keep_prefix(self, tokens): ...  # optional, where prefixes are not kept by themselves
 
 One request per line on stdin, one answer per line on stdout; all else that is printed goes to
@@ -84,6 +85,11 @@ class Session:
         """What the target says of itself, if anything."""
         about = getattr(self.target, "about", None)
         return {"about": None if about is None else about()}
+
+    def op_counters(self) -> dict:
+        """What the target has counted since it was loaded, if it counts."""
+        counters = getattr(self.target, "counters", None)
+        return {"counters": None if counters is None else counters()}
 
     def op_reset(self) -> dict:
         """Forgets cached prefixes where the target can; says whether it did."""
