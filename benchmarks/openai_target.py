@@ -88,6 +88,8 @@ class OpenAITarget:
                     if piece or choice.get("token_ids"):
                         watch.output()
                         outputs += 1
+                    if ids := choice.get("token_ids"):
+                        record.token_ids += tuple(ids)
                     if piece and not choice.get("index"):
                         pieces.append(piece)
                 usage = event.get("usage") or usage

@@ -12,16 +12,17 @@ import math
 import os
 import signal
 import sys
-from collections.abc import Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import Any
 
-from kvjax.benchmarks import flags, manifest, results, serve_flags, workloads
+from kvjax.benchmarks import flags, manifest, results, serve_flags, serve_peers, workloads
 from kvjax.benchmarks.client import Target
 from kvjax.benchmarks.figures import show
 from kvjax.benchmarks.openai_target import OpenAITarget
 from kvjax.benchmarks.serve_flags import add_arguments as add_arguments
 from kvjax.benchmarks.serve_rounds import Plan, Side, run_rounds
+from kvjax.benchmarks.workers import UnequalWork
 from kvjax.benchmarks.workloads import Options
 
 _SWITCH = 0.0005  # seconds for which the engine's thread may keep the client from the GIL
@@ -36,6 +37,8 @@ def run(args: argparse.Namespace) -> int:
     backend = serve_flags.backend(args)
     plan, about = plan_of(args)
     model = args.model or (flags.MODEL if backend == "kvjax" else args.served_model_name) or ""
+    if args.peer and backend != "kvjax":
+        raise ValueError("--peer compares with kvjax here: leave the URL out")
     path = serve_flags.path(args, backend, model or "model")
     results.require_writable(path)
     about |= {"backend": backend, "model": {"name": Path(model).name}}
@@ -75,10 +78,12 @@ def plan_of(args: argparse.Namespace) -> tuple[Plan, dict[str, Any]]:
     """What is sent in each round, and the manifest's beginning. Raises `ValueError`."""
     name, options = flags.workload(args)
     arrivals = serve_flags.arrivals(args)
-    count = args.rounds or 1
+    count = args.rounds if args.rounds is not None else 3 if args.peer else 1
     if count < 1:
         raise ValueError(f"--rounds must be at least 1, got {args.rounds}")
     rounds = [workloads.build(name, _seeded(options, options.seed + r)) for r in range(count)]
+    if args.peer:
+        rounds = [serve_peers.as_ids(requests, _encoder(args)) for requests in rounds]
     plan = Plan(
         rounds=rounds,
         times=[arrivals.times(requests, args.seed + r) for r, requests in enumerate(rounds)],
@@ -98,19 +103,42 @@ def plan_of(args: argparse.Namespace) -> tuple[Plan, dict[str, Any]]:
     return plan, about
 
 
+def _encoder(args: argparse.Namespace) -> Callable[[str], list[int]]:
+    from kvjax.build import open_checkpoint
+    from kvjax.models.tokenizers import load_tokenizer
+
+    tokenizer = load_tokenizer(open_checkpoint(args.model or flags.MODEL))
+    return lambda text: tokenizer.encode(text, add_special_tokens=False)
+
+
 async def measure(
     args: argparse.Namespace, backend: str, plan: Plan, record: dict[str, Any], path: Path
 ) -> None:
     """Opens the target, runs all rounds, fills `record` and writes it after each of them."""
-    side = await open_side(args, backend, record)
+    if args.peer:
+        sides = await asyncio.to_thread(serve_peers.open_peers, args, record)
+    else:
+        sides = [await open_side(args, backend, record)]
+    side = sides[0]
 
     def save() -> None:
-        record.update(side.result(plan))
+        if side.rounds:
+            record.update(side.result(plan))
+        done = {s.target.name: s.result(plan) for s in sides[1:] if s.rounds and not s.failure}
+        record["peers"].update(done)
         record["manifest"]["load_average_after"] = list(os.getloadavg())
         results.write_json(path, record)
 
+    def check(one: Side, requests: Sequence[workloads.Request]) -> None:
+        try:
+            serve_peers.require_equal_work(one.rounds[-1][0], requests, one.target.name)
+        except UnequalWork as error:
+            one.failure = str(error)
+            record["failures"].append({"target": one.target.name, "error": one.failure})
+            record["peers"].pop(one.target.name, None)
+
     try:
-        await run_rounds([side], plan, save)
+        await run_rounds(sides, plan, save, check if args.peer else None)
         record["status"] = "complete"
     except asyncio.CancelledError:
         record["status"] = "interrupted"
@@ -121,7 +149,8 @@ async def measure(
     finally:
         if side.rounds:
             save()
-        await side.target.close()
+        for one in sides:
+            await one.target.close()
 
 
 async def _interruptible(work: Coroutine[Any, Any, None]) -> None:

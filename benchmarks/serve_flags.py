@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from kvjax.benchmarks import flags
+from kvjax.benchmarks import flags, serve_peers
 from kvjax.benchmarks.arrivals import Arrivals
 from kvjax.benchmarks.figures import METRICS
 
@@ -42,6 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     sampling.add_argument("--ignore-eos", action=argparse.BooleanOptionalAction, default=True)
     for name, kind in _SAMPLING.items():
         sampling.add_argument(f"--{name.replace('_', '-')}", type=kind)
+    serve_peers.add_arguments(parser)
     _add_output(parser)
 
 

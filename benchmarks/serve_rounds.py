@@ -1,6 +1,7 @@
 """Rounds of a serving benchmark: every target with the same requests, one after the other."""
 
 import asyncio
+import contextlib
 import dataclasses
 import resource
 import sys
@@ -38,6 +39,8 @@ class Side:
     engine: Any = None  # of a target in this process
     before: Counters | None = None  # its counters when it was ready
     peak_mib: Callable[[], float | None] | None = None  # of a target in a process of its own
+    turn: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
+    failure: str = ""  # why it takes no part in further rounds
     rounds: list[tuple[list[Record], float]] = dataclasses.field(default_factory=list)
 
     def add(self, records: list[Record], seconds: float) -> None:
@@ -75,17 +78,27 @@ class Side:
         return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
 
 
-async def run_rounds(sides: Sequence[Side], plan: Plan, save: Callable[[], None]) -> None:
-    """Warms every side up, then runs the rounds, in an order that rotates; `save` after each.
+async def run_rounds(
+    sides: Sequence[Side],
+    plan: Plan,
+    save: Callable[[], None],
+    check: Callable[[Side, Sequence[Request]], None] | None = None,
+) -> None:
+    """Warms every side up, then runs the rounds, in an order that rotates; `save` after each,
+    and before it `check`, which may give a side a `failure`.
 
     Cancelled, it leaves what was finished of the round under way, too.
     """
     for side in sides:
-        await drive(side.target, plan.warm_ups, [0.0] * len(plan.warm_ups), [])
+        with side.turn():
+            await drive(side.target, plan.warm_ups, [0.0] * len(plan.warm_ups), [])
     for number, (requests, times) in enumerate(zip(plan.rounds, plan.times, strict=True)):
-        for side in rotated(list(sides), number):
-            await side.target.reset()
-            await _run_one(side, requests, times, plan.max_concurrency)
+        for side in rotated([side for side in sides if not side.failure], number):
+            with side.turn():
+                await side.target.reset()
+                await _run_one(side, requests, times, plan.max_concurrency)
+            if check is not None:
+                check(side, requests)
             save()
 
 

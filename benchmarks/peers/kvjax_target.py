@@ -1,6 +1,7 @@
 """kvjax itself, as a user calls it."""
 # pyright: reportMissingImports=false
 
+import asyncio
 from typing import Any
 
 
@@ -15,11 +16,21 @@ class Target:
         dtype: str,
         warm_up: bool = True,
         llm_options: dict[str, Any] | None = None,
+        streams: bool = False,
     ) -> None:
-        from kvjax import LLM
+        self.streams = streams
 
         sizes = {"max_model_len": 4096, "max_num_seqs": 8, "max_num_batched_tokens": 512}
-        self.llm = LLM(model, **{"dtype": dtype, **sizes, **(llm_options or {})})
+        options = {"dtype": dtype, **sizes, **(llm_options or {})}
+        if streams:
+            from kvjax import AsyncLLM
+
+            self.llm = AsyncLLM(model, compile_when_idle=False, **options)
+            asyncio.run(self.llm.call(self.llm.engine.runner.warm_up))
+            return
+        from kvjax import LLM
+
+        self.llm = LLM(model, **options)
         if warm_up:
             self.llm.warm_up()
 
@@ -34,6 +45,18 @@ class Target:
             "first_token_s": [out.metrics and out.metrics.time_to_first_token for out in outputs],
             "cached_tokens": [int(out.num_cached_tokens) for out in outputs],
         }
+
+    async def stream(self, prompt: list[int], max_tokens: int):
+        """Greedy, batched with the requests under way: new ids as they come."""
+        from kvjax import SamplingParams
+
+        params = SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=True)
+        known = 0
+        async for out in self.llm.generate(prompt, params):
+            ids = out.outputs[0].token_ids
+            if len(ids) > known:
+                yield [int(t) for t in ids[known:]]
+                known = len(ids)
 
     def about(self) -> dict[str, Any]:
         """The engine's part of a manifest."""
@@ -51,4 +74,6 @@ class Target:
 
     def reset(self) -> None:
         """Empties the prefix cache."""
-        self.llm.reset_prefix_cache()
+        done = self.llm.reset_prefix_cache()
+        if self.streams:
+            asyncio.run(done)

@@ -10,6 +10,7 @@ Only the standard library is imported, so this runs in every peer's environment.
             # per prompt where known, "first_token_s": [since the call], "cached_tokens": [int]
         def reset(self) -> None: ...        # optional: forgets every cached prefix
         def about(self) -> dict: ...        # optional: what the run's manifest says of it
+        def stream(self, prompt, max_tokens): ...  # optional: see `front.py`
         def counters(self) -> dict: ...     # optional: compilations and steps so far
         def keep_prefix(self, tokens): ...  # optional, where prefixes are not kept by themselves
 
@@ -85,6 +86,13 @@ class Session:
         """What the target says of itself, if anything."""
         about = getattr(self.target, "about", None)
         return {"about": None if about is None else about()}
+
+    def op_listen(self) -> dict:
+        """Serves the target over HTTP from now on; the port."""
+        assert self.target is not None, "listen before load"
+        front = runpy.run_path(os.path.join(os.path.dirname(__file__), "front.py"))["Front"]
+        self.front = front(self.target)
+        return {"port": self.front.port}
 
     def op_counters(self) -> dict:
         """What the target has counted since it was loaded, if it counts."""
