@@ -16,6 +16,7 @@ COMMANDS = {  # name -> (module with `add_arguments` and `run`, help)
     "kernels": ("kvjax.benchmarks.kernels", "the kernels against the device's own ceilings"),
     "latency": ("kvjax.benchmarks.latency", "seconds of one batch, prompts to last token"),
     "overhead": ("kvjax.benchmarks.overhead", "the engine against its own compiled parts"),
+    "report": ("kvjax.benchmarks.report", "results as one page with tables and plots"),
     "reuse": ("kvjax.benchmarks.reuse", "reuse strategies against the same model's full prefill"),
     "serve": ("kvjax.benchmarks.serve", "a workload sent as clients would, in process or to a URL"),
     "startup": ("kvjax.benchmarks.startup", "a new process until its first token"),
