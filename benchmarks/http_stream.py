@@ -7,7 +7,7 @@ none that streams without a thread.
 import asyncio
 import json
 import ssl
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -35,7 +35,7 @@ async def request(
     headers: Mapping[str, str] | None = None,
     *,
     insecure: bool = False,
-) -> AsyncIterator[bytes]:
+) -> AsyncGenerator[bytes, None]:
     """The bytes of an answer as they come. `body` is sent as JSON.
 
     Raises `Unreachable` or `Refused`, the latter with what the server said.

@@ -18,21 +18,30 @@ class Target:
         llm_options: dict[str, Any] | None = None,
         streams: bool = False,
     ) -> None:
-        self.streams = streams
+        self.streams, self.llm = streams, self._load(model, dtype, warm_up, llm_options, streams)
 
+    def _load(
+        self,
+        model: str,
+        dtype: str,
+        warm_up: bool,
+        llm_options: dict[str, Any] | None,
+        streams: bool,
+    ) -> Any:
         sizes = {"max_model_len": 4096, "max_num_seqs": 8, "max_num_batched_tokens": 512}
         options = {"dtype": dtype, **sizes, **(llm_options or {})}
         if streams:
             from kvjax import AsyncLLM
 
-            self.llm = AsyncLLM(model, compile_when_idle=False, **options)
-            asyncio.run(self.llm.call(self.llm.engine.runner.warm_up))
-            return
+            served = AsyncLLM(model, compile_when_idle=False, **options)
+            asyncio.run(served.call(served.engine.runner.warm_up))
+            return served
         from kvjax import LLM
 
-        self.llm = LLM(model, **options)
+        llm = LLM(model, **options)
         if warm_up:
-            self.llm.warm_up()
+            llm.warm_up()
+        return llm
 
     def generate(self, prompts: list[list[int]], max_tokens: int) -> dict:
         """Greedy; first-token times count from the arrival of each request."""

@@ -63,7 +63,9 @@ def test_reuse_is_speed_against_quality():
 
 def test_a_point_lies_where_its_values_say():
     plot = ET.fromstring(svg.plot("t", "x", "y", [Series("s", [(0, 0), (10, 20)])]))
-    circles = [(float(e.get("cx")), float(e.get("cy"))) for e in plot if e.tag.endswith("circle")]
+    circles = [
+        (float(e.attrib["cx"]), float(e.attrib["cy"])) for e in plot if e.tag.endswith("circle")
+    ]
     assert circles == [(70, 360 - 48), (640 - 20, 34)]
 
 

@@ -56,7 +56,7 @@ def test_known_delays_are_measured_within_two_percent_or_three_milliseconds():
 def test_a_concurrency_cap_holds_and_its_queueing_is_not_in_the_latencies():
     records, _, server = measure(KnownDelays(first=0.06), [TEXT] * 6, max_concurrency=2)
     assert server.most == 2
-    assert max(r.ttft for r in records) < 0.1
+    assert max(r.ttft or 9 for r in records) < 0.1
     assert max(r.queued for r in records) > 0.12
 
 
