@@ -29,7 +29,7 @@ _LENGTHS: tuple[tuple[str, tuple[str, ...], Any, str], ...] = (
     ("context_len", (), int, "tokens of a document of long-document (256)"),
     ("num_contexts", (), int, "documents of long-document (4)"),
     ("prefix_ratio", (), float, "of input_len, in front of the breaker of prefix-suffix (0.5)"),
-    ("vocab_size", (), int, "ids are below it (32000, or the model's if smaller)"),
+    ("vocab_size", (), int, "generated ids are below it (32000)"),
     ("trace", ("--dataset-path",), str, f"of {', '.join(TRACES)}, or a file"),
     ("trace_scale", (), Fraction, "of a trace's lengths (1/64)"),
     ("trace_speed", (), float, "of a trace's clock (1)"),

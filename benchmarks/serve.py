@@ -59,7 +59,8 @@ def run(args: argparse.Namespace) -> int:
         print(f"interrupted: what was measured is in {path}")
         return 130
     except BaseException:
-        path.unlink(missing_ok=True) if "completed" not in record else None
+        if "completed" not in record:  # nothing was measured
+            path.unlink(missing_ok=True)
         raise
     finally:
         sys.setswitchinterval(switch)

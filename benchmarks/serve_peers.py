@@ -24,7 +24,7 @@ from kvjax.benchmarks.workloads import Part, Request
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the options that concern peers."""
     group = parser.add_argument_group("peers")
-    group.add_argument("--peer", type=engine._names(TARGETS), default=[], help=",".join(TARGETS))
+    group.add_argument("--peer", type=engine.one_of(TARGETS), default=[], help=",".join(TARGETS))
     group.add_argument("--peer-env", action="append", default=[], metavar="NAME=PATH")
     group.add_argument("--threads", type=int, default=2, help="CPUs and threads of each (2)")
     group.add_argument("--weights", type=Path, help="folder for the weights that peers read")
