@@ -16,7 +16,7 @@ CONSTRAINTS := $(wildcard constraints-py$(VERSION).txt)
 PIP_FLAGS := --quiet --quiet --disable-pip-version-check $(addprefix -c ,$(CONSTRAINTS))
 WORKERS ?= 2
 
-.PHONY: help demo test test-slow soak lint parity aot aot-install bench clean
+.PHONY: help demo test test-slow soak lint parity aot aot-install bench readme-tables clean
 
 help:
 	@echo "make demo       install, fetch a small model, run batch inference over examples/"
@@ -27,6 +27,7 @@ help:
 	@echo "make parity     against a live transformers, in an environment of its own"
 	@echo "make aot        kernels compiled for TPUs and GPUs without one, in an environment of its own"
 	@echo "make bench      against other engines, in environments of their own"
+	@echo "make readme-tables  the README's numbers, from benchmarks/results"
 	@echo "make clean      remove the environments"
 
 # A stamp per dependency group: written when the group is installed, out of date when the
@@ -88,6 +89,9 @@ aot: aot-install
 
 aot-install:
 	@$(MAKE) --no-print-directory VENV=$(AOT) $(AOT)/stamp-$(VERSION)-aot
+
+readme-tables: $(STAMP)
+	$(BIN)/python -m kvjax.benchmarks.readme_tables README.md
 
 bench: $(STAMP)
 	$(BIN)/kvjax bench engine

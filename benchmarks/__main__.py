@@ -10,12 +10,18 @@ from typing import Protocol
 from kvjax.benchmarks import results
 
 COMMANDS = {  # name -> (module with `add_arguments` and `run`, help)
+    "compare": ("kvjax.benchmarks.compare", "two results: what changed, and what is noise"),
     "engine": ("kvjax.benchmarks.engine", "kvjax and its peers with the same work, interleaved"),
     "http": ("kvjax.benchmarks.http", "the server against AsyncLLM, called directly"),
     "kernels": ("kvjax.benchmarks.kernels", "the kernels against the device's own ceilings"),
+    "latency": ("kvjax.benchmarks.latency", "seconds of one batch, prompts to last token"),
     "overhead": ("kvjax.benchmarks.overhead", "the engine against its own compiled parts"),
+    "report": ("kvjax.benchmarks.report", "results as one page with tables and plots"),
     "reuse": ("kvjax.benchmarks.reuse", "reuse strategies against the same model's full prefill"),
     "reuse-speed": ("kvjax.benchmarks.reuse_speed", "first tokens over stored chunks"),
+    "serve": ("kvjax.benchmarks.serve", "a workload sent as clients would, in process or to a URL"),
+    "startup": ("kvjax.benchmarks.startup", "a new process until its first token"),
+    "throughput": ("kvjax.benchmarks.throughput", "all prompts of a workload at once"),
 }
 
 

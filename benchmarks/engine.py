@@ -81,11 +81,14 @@ def split_pairs(items: Sequence[str], option: str) -> dict[str, str]:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the options of `python -m benchmarks engine`."""
     parser.add_argument(
-        "--targets", type=_names(TARGETS), default=["kvjax"], help=f"of {','.join(TARGETS)}; or all"
+        "--targets",
+        type=one_of(TARGETS),
+        default=["kvjax"],
+        help=f"of {','.join(TARGETS)}; or all",
     )
-    parser.add_argument("--dtypes", type=_names(DTYPES), default=["float32"], help=",".join(DTYPES))
+    parser.add_argument("--dtypes", type=one_of(DTYPES), default=["float32"], help=",".join(DTYPES))
     cases = [START_UP, *CASES]
-    parser.add_argument("--cases", type=_names(cases), default=cases, help=",".join(cases))
+    parser.add_argument("--cases", type=one_of(cases), default=cases, help=",".join(cases))
     parser.add_argument("--rounds", type=int, default=3, help="measurements of each number")
     parser.add_argument("--threads", type=int, default=2, help="CPUs and threads of each target")
     parser.add_argument(
@@ -246,7 +249,7 @@ def _jax_version(python: Path) -> str:
     return done.stdout.strip()
 
 
-def _names(known):
+def one_of(known):
     """An argparse type: a comma-separated list of known names, or `all`."""
 
     def parse(text: str) -> list[str]:

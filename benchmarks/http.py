@@ -10,7 +10,6 @@ reported is the median over rounds of HTTP's share or difference.
 import argparse
 import asyncio
 import json
-import os
 import re
 import statistics
 import subprocess
@@ -19,7 +18,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from kvjax.benchmarks import manifest, prompts
+from kvjax.benchmarks import engine_manifest, manifest, prompts, results
 
 _STREAMS, _PROMPT, _OUTPUT = 16, 64, 128
 _CONTEXT, _STEP = 1024, 512
@@ -71,6 +70,7 @@ def run(args: argparse.Namespace) -> int:
 async def _measure(args: argparse.Namespace, sizes: dict[str, Any], port: int) -> dict[str, Any]:
     from kvjax import AsyncLLM
 
+    about = manifest.base("http")
     llm = AsyncLLM(args.model, dtype=args.dtype, compile_when_idle=False, **sizes)
     await llm.call(llm.engine.runner.warm_up)
     source = _Prompts(llm)
@@ -90,11 +90,13 @@ async def _measure(args: argparse.Namespace, sizes: dict[str, Any], port: int) -
                 text, ids = source.next(length)
                 direct = (await _direct(llm, text, ids, 1))[0]
                 added.append((await _over_http(port, text, ids, 1))[0] - direct)
+    about["engine"] = engine_manifest.of_engine(llm.engine, llm.get_tokenizer())
     await asyncio.to_thread(llm.shutdown)
     return {
-        "commit": manifest.commit(),
-        "machine": manifest.machine(),
-        "load_average": list(os.getloadavg()),
+        "version": results.VERSION,
+        "command": "http",
+        "status": "complete",
+        "manifest": about,
         "dtype": args.dtype,
         "throughput": {
             "direct": statistics.median(direct for direct, _ in rates),

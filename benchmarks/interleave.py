@@ -215,12 +215,15 @@ class _Part:
         one, long, *batch = untimed
         with worker.running():
             answer = worker.load()
+            described = worker.ask("about")["about"]
             warm_up(worker, one, long, batch)
             before = worker.cpu_seconds()
             time.sleep(IDLE_SECONDS)
             idle = (worker.cpu_seconds() - before) / IDLE_SECONDS
         about = self.out.manifest.setdefault("targets", {}).setdefault(worker.target.name, {})
         about["versions"] = answer["versions"]
+        if described is not None:
+            about.setdefault("engine", {})[self.dtype] = described
         about.setdefault("idle_cores_before_pause", {})[self.dtype] = round(idle, 2)
         self.add(worker.target, None, {"load_s": answer["seconds"]})
 

@@ -7,7 +7,6 @@ implementation needs. The file is written after every case. `--tune` tries block
 
 import argparse
 import dataclasses
-import os
 import platform
 import statistics
 import time
@@ -55,9 +54,8 @@ def measure(chosen: list[Any], sizes: Any, dtype: str, rounds: int, out: Path) -
     record: dict[str, Any] = {
         "version": VERSION,
         "status": "running",
-        "commit": manifest.commit(),
-        "machine": manifest.machine(),
-        "load_average_before": list(os.getloadavg()),
+        "command": "kernels",
+        "manifest": manifest.base("kernels"),
         "device": device(),
         "dtype": dtype,
         "rounds": rounds,

@@ -2,6 +2,7 @@
 
 import datetime
 import hashlib
+import importlib.metadata
 import os
 import platform
 import subprocess
@@ -10,6 +11,39 @@ from pathlib import Path
 from typing import Any
 
 SETTINGS = ("XLA_FLAGS", "JAX_PLATFORMS", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "KMP_BLOCKTIME")
+PACKAGES = (
+    "kvjax", "jax", "jaxlib", "jax-cuda13-plugin", "jax-cuda13-pjrt", "libtpu", "flax", "numpy",
+    "tokenizers",
+)  # fmt: skip
+
+
+def base(command: str, env: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """What every result says of its run, read at the start: nothing of it loads jax.
+
+    Args:
+        env: environment variables given to what is measured beside this process's own.
+    """
+    env = env or {}
+    return {
+        "command": command,
+        "commit": commit(),
+        "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "machine": machine(),
+        "versions": versions(PACKAGES),
+        "settings": {k: v for k in SETTINGS if (v := env.get(k, os.environ.get(k)))},
+        "load_average_before": list(os.getloadavg()),
+    }
+
+
+def versions(packages: Sequence[str]) -> dict[str, str]:
+    """Python's, and the installed versions of those `packages` that are there."""
+    found = {"python": platform.python_version()}
+    for name in packages:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
 
 
 def collect(
@@ -30,10 +64,7 @@ def collect(
         env: environment variables given to every worker beside this process's own.
     """
     return {
-        "commit": commit(),
-        "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "machine": machine(),
-        "load_average_before": list(os.getloadavg()),
+        **base("engine", env),
         "threads": threads,
         "rounds": rounds,
         "dtypes": list(dtypes),
@@ -42,7 +73,6 @@ def collect(
         "seeds": "none: greedy decoding, fixed prompts",
         "prompts": {"tokens": len(prompt_ids), "sha256": hash_ids(prompt_ids)},
         "model": None if model is None else {"file": model.name, "sha256": hash_file(model)},
-        "settings": {k: v for k in SETTINGS if (v := env.get(k, os.environ.get(k)))},
         "targets": {},  # name -> versions, options and idle CPU use, as each is loaded
     }
 

@@ -8,15 +8,14 @@
 """
 
 import argparse
-import json
-import os
 import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from kvjax.benchmarks import manifest, prompts
+from kvjax.benchmarks import engine_manifest, manifest, prompts
+from kvjax.benchmarks.results import VERSION, write_json
 
 _PROMPT, _DECODE = 512, 127
 _HIT, _SUFFIX = 1500, 32
@@ -32,27 +31,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measures and writes after every dtype."""
-    import jax
-
     record: dict[str, Any] = {
-        "commit": manifest.commit(),
-        "machine": manifest.machine(),
-        "jax": jax.__version__,
-        "load_average_before": list(os.getloadavg()),
+        "version": VERSION,
+        "command": "overhead",
+        "status": "running",
+        "manifest": {**manifest.base("overhead"), "engines": {}},
         "rounds": args.rounds,
         "results": {},
     }
-    args.out.parent.mkdir(parents=True, exist_ok=True)
     for dtype in args.dtypes.split(","):
-        record["results"][dtype] = measure(args.model, dtype, args.rounds)
-        args.out.write_text(json.dumps(record, indent=1))
+        engines = record["manifest"]["engines"]
+        record["results"][dtype], engines[dtype] = measure(args.model, dtype, args.rounds)
+        write_json(args.out, record)
         for name, row in record["results"][dtype].items():
             print(f"{dtype:9} {name:22} {_line(row)}", flush=True)
+    record["status"] = "complete"
+    write_json(args.out, record)
     return 0
 
 
-def measure(model: str, dtype: str, rounds: int) -> dict[str, Any]:
-    """All four comparisons for one dtype."""
+def measure(model: str, dtype: str, rounds: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """All four comparisons for one dtype, and what the engine was."""
     from kvjax import LLM
 
     sizes: dict[str, Any] = {
@@ -93,7 +92,7 @@ def measure(model: str, dtype: str, rounds: int) -> dict[str, Any]:
     found["cache on / off, 0 hits"] = _interleaved(
         rounds, lambda: _seconds(llm, novel()), lambda: _seconds(without, novel())
     )
-    return found
+    return found, engine_manifest.of_engine(llm.engine, tokenizer)
 
 
 def _interleaved(rounds: int, a: Callable[[], float], b: Callable[[], float]) -> dict[str, Any]:

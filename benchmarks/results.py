@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import statistics
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -79,6 +80,7 @@ class Results:
         ]
         return {
             "version": VERSION,
+            "command": "engine",
             "status": self.status,
             "manifest": self.manifest,
             "rows": rows,
@@ -96,6 +98,19 @@ def write_json(path: Path, value: Any) -> None:
     partial = path.with_name(path.name + ".partial")
     partial.write_text(json.dumps(value, indent=1) + "\n")
     os.replace(partial, path)
+
+
+def require_writable(path: Path) -> None:
+    """Makes the folder of a result and tries to write there, before anything is measured.
+
+    Raises `ValueError` naming the folder.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise ValueError(f"cannot write results to {path.parent}: {error.strerror}") from None
 
 
 def read(path: Path) -> dict[str, Any]:

@@ -6,7 +6,6 @@ and the claims are made from the result file alone.
 
 import argparse
 import contextlib
-import datetime
 import importlib
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -70,8 +69,7 @@ def run(args: argparse.Namespace, open_instrument: OpenInstrument | None = None)
     settings = {
         "split": args.split, "size": args.size, "seed": args.seed, "about": instrument.about(),
     }  # fmt: skip
-    started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    about = {"commit": manifest.commit(), "started": started, "machine": manifest.machine()}
+    about = manifest.base("reuse")
     with ResultFile(args.output, settings, about, resume=args.resume) as file:
         built = [build(name, args, instrument, file) for name in names]
         measure(instrument, built, specs, count, file, show=sys.stderr.isatty())

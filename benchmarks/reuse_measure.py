@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from kvjax import __version__
-from kvjax.benchmarks import divergence
+from kvjax.benchmarks import divergence, engine_manifest
 from kvjax.benchmarks.corpora import Corpus, Generation, Item, Passage, solves
 from kvjax.benchmarks.reuse_reading import Reading
 from kvjax.branch import Branch
@@ -262,6 +262,7 @@ def about(llm: LLM, model: str) -> dict[str, Any]:
         "device": jax.devices()[0].device_kind,
         "kvjax": __version__,
         "jax": jax.__version__,
+        "engine": engine_manifest.of_engine(llm.engine, llm.get_tokenizer()),
     }
 
 

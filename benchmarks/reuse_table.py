@@ -138,7 +138,9 @@ def against_random(results: Results, corpus: str, method: str) -> AgainstRandom 
 def provenance(results: Results) -> str:
     """Which model on which machine, which split, how the intervals are made."""
     known = results.manifest
-    about = ", ".join(f"{name} {value}" for name, value in known["about"].items())
+    about = ", ".join(
+        f"{name} {value}" for name, value in known["about"].items() if name != "engine"
+    )
     machine = known.get("machine", {})
     return (
         f"Commit {known.get('commit', 'unknown')}, {known.get('started', 'unknown')}, "

@@ -30,7 +30,9 @@ from kvjax.reuse.report import ReuseReport
 from kvjax.sequence import Request, Sequence
 from kvjax.text import TextStream
 
-Prompt = str | Seq[int] | Mapping[str, Any] | Seq[Mapping[str, Any]] | Seq[str | Chunk]
+Prompt = (
+    str | Seq[int] | Mapping[str, Any] | Seq[Mapping[str, Any]] | Seq[str | tuple[int, ...] | Chunk]
+)
 
 
 class Intake:

@@ -11,11 +11,11 @@ from kvjax.request import Chunk
 
 
 def is_marked(prompt: Any) -> bool:
-    """Whether a prompt is a list of texts and chunks."""
+    """Whether a prompt is a list of chunks and, between them, texts or tuples of token ids."""
     if not isinstance(prompt, list | tuple) or not prompt:
         return False
     return any(isinstance(part, Chunk) for part in prompt) and all(
-        isinstance(part, str | Chunk) for part in prompt
+        isinstance(part, str | Chunk | tuple) for part in prompt
     )
 
 

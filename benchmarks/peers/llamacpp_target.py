@@ -17,10 +17,10 @@ class Target:
 
     packages = ("llama-cpp-python", "numpy")
 
-    def __init__(self, model: str, dtype: str, threads: int) -> None:
+    def __init__(self, model: str, dtype: str, threads: int, streams: bool = False) -> None:
         import llama_cpp
 
-        del dtype  # the file's tensor types decide
+        del dtype, streams  # the file's tensor types decide; it can always stream
         self.lib = lib = llama_cpp
         lib.llama_backend_init()
         log = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
@@ -63,6 +63,16 @@ class Target:
             "first_token_s": first,
             "cached_tokens": [skip] * len(prompts),
         }
+
+    def stream(self, prompt: list[int], max_tokens: int):
+        """Greedy, one request at a time: a list of one new id after each step."""
+        skip = self._reuse([prompt])
+        tokens = [self._prefill(0, prompt, skip)]
+        yield tokens[-1:]
+        for step in range(max_tokens - 1):
+            tokens += self._step([(tokens[-1], len(prompt) + step)])
+            yield tokens[-1:]
+        self.held = prompt + tokens[:-1]
 
     def reset(self) -> None:
         """Forgets all KV."""

@@ -10,10 +10,11 @@ class Target:
 
     packages = ("transformers", "torch", "numpy")
 
-    def __init__(self, model: str, dtype: str, threads: int) -> None:
+    def __init__(self, model: str, dtype: str, threads: int, streams: bool = False) -> None:
         import torch
         from transformers import AutoModelForCausalLM
 
+        del streams  # it can always stream
         torch.set_num_threads(threads)
         self.torch = torch
         self.model = AutoModelForCausalLM.from_pretrained(
@@ -45,6 +46,17 @@ class Target:
             "first_token_s": [first] * num,
             "cached_tokens": [skip] * num,
         }
+
+    def stream(self, prompt: list[int], max_tokens: int):
+        """Greedy, one request at a time: a list of one new id after each step."""
+        torch = self.torch
+        cache, skip = self._cache_for([prompt])
+        ids = torch.tensor([prompt[skip:]])
+        for _ in range(max_tokens):
+            with torch.inference_mode():
+                out = self.model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+                ids, cache = out.logits[:, -1].argmax(-1, keepdim=True), out.past_key_values
+            yield [int(ids[0, 0])]
 
     def keep_prefix(self, tokens: list[int]) -> None:
         """Computes and keeps the KV of `tokens` for prompts that begin with them."""

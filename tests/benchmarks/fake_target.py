@@ -22,6 +22,7 @@ class Target:
         first_token=True,
         journal="",
         warm_up=True,
+        streams=False,
     ):
         if refuse:
             raise NotImplementedError(refuse)
@@ -33,6 +34,14 @@ class Target:
         self.kept: list[int] = []
         self.calls = 0
         print("noise on stdout must not reach the protocol")
+
+    def stream(self, prompt, max_tokens):
+        time.sleep(len(prompt) * self.per_prompt_token)
+        for step in range(max_tokens - self.short_by):
+            if step == self.fail_on_new:
+                raise RuntimeError("this token breaks")
+            time.sleep(self.per_step if step else 0)
+            yield [step]
 
     def generate(self, prompts, max_tokens):
         self.calls += 1

@@ -4,6 +4,7 @@ import json
 
 from kvjax.benchmarks import http
 from kvjax.benchmarks.__main__ import main
+from tests.benchmarks.result_schema import complaints
 from tests.tiny_checkpoint import write_tiny_checkpoint
 
 
@@ -24,6 +25,7 @@ def test_it_measures_both_sides_and_writes_every_round(tmp_path, monkeypatch, ca
     assert len(record["throughput"]["rounds"]) == 2
     assert all(rate > 0 for pair in record["throughput"]["rounds"] for rate in pair)
     assert len(record["first_token"]["differences"]) == 2 * 2 * http._REPEATS
+    assert complaints(record) == []
     told = capsys.readouterr().out
     assert "2 streams" in told
     assert "first token" in told

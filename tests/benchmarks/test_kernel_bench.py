@@ -9,6 +9,7 @@ from kvjax.benchmarks import kernel_cases, kernel_peers, kernel_tuning, kernels
 from kvjax.benchmarks.kernel_cases import Case, Heads, Sizes, Subject
 from kvjax.pallas_kernels import OPERATIONS, PackedPages, packs, tuning
 from kvjax.pallas_kernels.paged_attention import gpu_blocks, tpu  # noqa: F401  (their rules)
+from tests.benchmarks.result_schema import complaints
 
 needs_compiler = pytest.mark.skipif(
     jax.default_backend() != "cpu" or not packs(), reason="no C++ kernel runs here"
@@ -34,6 +35,7 @@ def record(tmp_path_factory):
 
 def test_every_case_gives_a_row_of_ours_with_its_shares_of_the_ceilings(record):
     assert not record["errors"]
+    assert complaints(record) == []
     assert record["status"] == "complete"
     names = [c.name for c in kernel_cases.cases(TINY, "float32")]
     ours = [r for r in record["rows"] if r["subject"].startswith("kvjax")]

@@ -1,0 +1,129 @@
+"""The README's tables of numbers, made from the results: `make readme-tables`.
+
+Each table stands between `<!-- table NAME -->` and `<!-- end -->`. Of several results with the same
+figure the newest counts (their names have the time). A test fails when README and results disagree.
+"""
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+FOLDER = Path(__file__).resolve().parent / "results"
+_TARGETS = {  # in the results -> in the tables
+    "kvjax-jax012": "kvjax", "kvjax-jax010": "jax 0.10", "transformers": "transformers",
+    "vllm": "vLLM", "openvino": "OpenVINO", "llamacpp": "llama.cpp",
+}  # fmt: skip
+_ROWS = {  # metric -> row, digits
+    "prefill_tps": ("prefill, 512 tokens (tokens/s)", 0),
+    "decode_b1_tps": ("decode, batch 1 (tokens/s)", 0),
+    "decode_b8_tps": ("decode, batch 8 (tokens/s)", 0),
+    "ttft_cold_s": ("first token, 1,532 tokens cold (s)", 2),
+    "ttft_warm_s": ("first token, 1,500 of them cached (s)", 3),
+    "shared_prefix_s": ("8 requests on one cached prefix (s)", 1),
+    "start_up_s": ("start-up to the first token (s)", 1),
+    "start_up_empty_cache_s": ("the same, nothing compiled before (s)", 1),
+    "peak_rss_mib": ("peak memory (MiB)", 0),
+}
+_SUBJECTS = {
+    "kvjax": "kvjax, from pages", "jax.nn, XLA": "jax.nn",
+    "contiguous, XLA": "two products, XLA", "torch SDPA": "torch SDPA",
+    "torch FlexAttention": "torch FlexAttention",
+}  # fmt: skip
+_BLOCK = re.compile(r"(<!-- table ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def filled(text: str, folder: Path = FOLDER) -> str:
+    """`text` with every table made anew. Raises `ValueError` for a table that is not known."""
+
+    def table(match: re.Match[str]) -> str:
+        if match[2] not in TABLES:
+            raise ValueError(f"unknown table {match[2]!r}; there are {', '.join(TABLES)}")
+        return f"{match[1]}{TABLES[match[2]](folder)}{match[3]}"
+
+    return _BLOCK.sub(table, text)
+
+
+def engine_table(dtype: str) -> Callable[[Path], str]:
+    """A function that makes the table of one dtype from a folder's engine results."""
+
+    def make(folder: Path) -> str:
+        found = {
+            (row["target"], row["metric"]): row["median"]
+            for run in _runs(folder, "engine")
+            for row in run["rows"]
+            if row["dtype"] == dtype
+        }
+        targets = [t for t in _TARGETS if any(target == t for target, _ in found)]
+        lines = [_line(dtype, *(_TARGETS[t] for t in targets)), _rule("---:", len(targets))]
+        for metric, (name, digits) in _ROWS.items():
+            values = [found.get((t, metric)) for t in targets]
+            cells = ["" if v is None else f"{v:,.{digits}f}" for v in values]
+            lines.append(_line(name, *cells))
+        return "\n".join(lines) + "\n"
+
+    return make
+
+
+def kernel_table(folder: Path) -> str:
+    """Attention beside other implementations, in milliseconds."""
+    found: dict[tuple[str, ...], dict[str, float]] = {}
+    for run in _runs(folder, "kernels"):
+        for row in run["rows"]:
+            subject = row["subject"].removesuffix(" prefill")
+            if subject in _SUBJECTS and row["case"] in ("prefill", "decode, compared"):
+                size = (
+                    f"prefill of {row['tokens']:,} tokens"
+                    if row["case"] == "prefill"
+                    else f"decode, batch {row['batch']}, context {row['context']:,}"
+                )
+                key = (size, run["dtype"])
+                found.setdefault(key, {})[subject] = 1000 * row["median"]
+    lines = [_line("", *_SUBJECTS.values()), _rule("---", len(_SUBJECTS))]
+    for (size, dtype), medians in sorted(found.items()):
+        if "torch SDPA" in medians:
+            cells = [f"{medians[s]:#.3g}".rstrip(".") if s in medians else "" for s in _SUBJECTS]
+            lines.append(_line(f"{size}, {dtype}", *cells))
+    return "\n".join(lines) + "\n"
+
+
+TABLES: dict[str, Callable[[Path], str]] = {
+    "engine-bfloat16": engine_table("bfloat16"),
+    "engine-float32": engine_table("float32"),
+    "engine-int8": engine_table("int8"),
+    "kernels": kernel_table,
+}
+
+
+def _runs(folder: Path, command: str) -> Iterator[dict[str, Any]]:
+    for path in sorted(folder.glob(f"{command}-*.json")):
+        yield json.loads(path.read_text(encoding="utf-8"))
+
+
+def _line(*cells: str) -> str:
+    return "| " + " | ".join(cells) + " |" if cells[0] else "| | " + " | ".join(cells[1:]) + " |"
+
+
+def _rule(kind: str, columns: int) -> str:
+    return "|---|" + f"{kind}|" * columns
+
+
+def main() -> int:
+    """Writes the tables into the file named, or checks them."""
+    parser = argparse.ArgumentParser(description="the README's tables from the results")
+    parser.add_argument("file", type=Path)
+    parser.add_argument("--check", action="store_true", help="1 if the file would change")
+    args = parser.parse_args()
+    text = args.file.read_text(encoding="utf-8")
+    new = filled(text)
+    if args.check:
+        return int(new != text)
+    args.file.write_text(new, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,124 @@
+"""`kvjax bench throughput`: all prompts of a workload at once through `LLM.generate`.
+
+Flags, keys and the printed line are `vllm bench throughput`'s. The rounds have the same prompts and
+begin with an empty prefix cache; the figures at the top are those of all rounds together.
+"""
+
+import argparse
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from kvjax.benchmarks import engine_manifest, flags, manifest, results, workloads
+from kvjax.benchmarks.engine_manifest import Counters
+from kvjax.benchmarks.workloads import Request
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the options of `kvjax bench throughput`."""
+    flags.add_engine(parser)
+    flags.add_workload(parser)
+    parser.add_argument("--n", type=int, help="completions of each prompt (the workload's)")
+    parser.add_argument("--rounds", type=int, default=3, help="runs of all prompts (3)")
+    flags.add_results(parser, "throughput")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measures, prints and writes. Raises `ValueError` before anything is loaded."""
+    results.require_writable(args.output_json)
+    if args.rounds < 1 or (args.n or 1) < 1:
+        raise ValueError(f"--rounds and --n must be at least 1, got {args.rounds} and {args.n}")
+    name, options = flags.workload(args)
+    requests = workloads.build(name, options)
+    if any(request.after for request in requests):
+        raise ValueError(f"{name} quotes answers, which needs kvjax bench serve")
+    about = manifest.base("throughput")
+    about |= {
+        "seed": args.seed,
+        "model": {"name": Path(args.model).name},
+        "workload": flags.about(name, options, requests),
+        "sizes": {"n": args.n},
+    }
+    record = measure(args, requests, about)
+    results.write_json(args.output_json, record)
+    print(
+        f"Throughput: {record['requests_per_second']:.2f} requests/s, "
+        f"{record['tokens_per_second']:.2f} total tokens/s, "
+        f"{record['output_tokens_per_second']:.2f} output tokens/s"
+    )
+    print(f"Total num prompt tokens:  {record['num_prompt_tokens']}")
+    print(f"Total num output tokens:  {record['num_output_tokens']}")
+    print(f"Cache hit rate:  {record['cache_hit_rate']:.3f}")
+    print(f"results: {args.output_json}")
+    return 0
+
+
+def measure(
+    args: argparse.Namespace, requests: list[Request], about: dict[str, Any]
+) -> dict[str, Any]:
+    """The record of all rounds; the file holds those so far after each of them."""
+    from kvjax import LLM, SamplingParams
+
+    llm = LLM(args.model, **flags.engine_settings(args))
+    llm.warm_up()
+    about["engine"] = engine_manifest.of_engine(llm.engine, llm.get_tokenizer())
+    prompts = [_prompt(request) for request in requests]
+    params = [
+        SamplingParams(n=args.n or r.n, max_tokens=r.max_tokens, temperature=1.0, ignore_eos=True,
+                       seed=args.seed)
+        for r in requests
+    ]  # fmt: skip
+    llm.generate(prompts[0], SamplingParams(max_tokens=2, ignore_eos=True))
+    before, rounds = Counters.of(llm.engine), []
+    record: dict[str, Any] = {
+        "version": results.VERSION, "command": "throughput", "manifest": about,
+    }  # fmt: skip
+    for _ in range(args.rounds):
+        llm.reset_prefix_cache()
+        start = time.perf_counter()
+        outputs = llm.generate(prompts, params)
+        seconds = time.perf_counter() - start
+        for output in outputs:
+            if output.error is not None:
+                raise output.error
+        counts = {
+            "num_prompt_tokens": sum(len(o.prompt_token_ids) for o in outputs),
+            "num_output_tokens": sum(len(c.token_ids) for o in outputs for c in o.outputs),
+            "num_cached_tokens": sum(o.num_cached_tokens for o in outputs),
+        }
+        rounds.append(rates(seconds, len(requests), counts))
+        record |= {"status": "running", **together(rounds), "rounds": rounds}
+        results.write_json(args.output_json, record)
+    about["load_average_after"] = list(os.getloadavg())
+    added = Counters.of(llm.engine).since(before)
+    return {**record, **added, "compile_seconds": before.compile_seconds, "status": "complete"}
+
+
+def rates(seconds: float, num_requests: int, counts: dict[str, int]) -> dict[str, Any]:
+    """`vllm bench throughput`'s keys, and how many prompt tokens were cached."""
+    total = counts["num_prompt_tokens"] + counts["num_output_tokens"]
+    return {
+        "elapsed_time": seconds,
+        "num_requests": num_requests,
+        "total_num_tokens": total,
+        "requests_per_second": num_requests / seconds,
+        "tokens_per_second": total / seconds,
+        "output_tokens_per_second": counts["num_output_tokens"] / seconds,
+        **counts,
+        "cache_hit_rate": counts["num_cached_tokens"] / counts["num_prompt_tokens"],
+    }
+
+
+def together(rounds: list[dict[str, Any]]) -> dict[str, Any]:
+    """The same over all rounds."""
+    names = ("num_prompt_tokens", "num_output_tokens", "num_cached_tokens")
+    counts = {name: sum(r[name] for r in rounds) for name in names}
+    seconds = sum(r["elapsed_time"] for r in rounds)
+    return rates(seconds, sum(r["num_requests"] for r in rounds), counts)
+
+
+def _prompt(request: Request) -> Any:
+    if all(part.text for part in request.parts):
+        return "".join(part.text for part in request.parts)
+    return [token for part in request.parts for token in part.token_ids]
