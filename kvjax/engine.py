@@ -46,9 +46,7 @@ from kvjax.step_plan import Limits, Portion, StepPlan
 from kvjax.transfer import Spans
 
 T = TypeVar("T")
-
 log = logging.getLogger("kvjax")
-
 _ASKED = "the structured outputs, bad words and allowed token ids together"
 MAX_SCORED_TOKENS = 128  # prompt tokens whose logits one step keeps
 

@@ -35,8 +35,8 @@ def engine() -> LLM:
 @pytest.fixture
 def llm(engine) -> LLM:
     """With nothing stored."""
-    engine.chunks.store.clear()
-    engine.chunks.patches = Patches(engine.chunks.store, 1 << 20)
+    engine.engine.chunks.store.clear()
+    engine.engine.chunks.patches = Patches(engine.engine.chunks.store, 1 << 20)
     engine.reset_prefix_cache()
     return engine
 
@@ -206,7 +206,8 @@ def test_a_patch_of_another_chunk_model_or_context_is_not_added():
 def test_engines_of_different_weights_have_different_tags(engine):
     other = tiny(LLM, "bfloat16", fresh=True)
     same = tiny(LLM, fresh=True)
-    assert engine.chunks.facts.tag == same.chunks.facts.tag != other.chunks.facts.tag
+    tags = [x.engine.chunks.facts.tag for x in (engine, same, other)]
+    assert tags[0] == tags[1] != tags[2]
 
 
 def test_a_patch_says_what_it_was_made_for(llm):
@@ -215,7 +216,7 @@ def test_a_patch_says_what_it_was_made_for(llm):
     assert variant is not None
     (patch,) = variant.facts.values()
     a, b, system = (tokens_hash(map(ord, text)) for text in (A, B, SYSTEM))
-    made = made_for(patch, variant, llm.chunks.facts.tag)
+    made = made_for(patch, variant, llm.engine.chunks.facts.tag)
     assert made == Antecedents((a, b), (system, "", ""))
 
 

@@ -255,7 +255,7 @@ def test_what_is_kept_is_what_enters_the_layer(deep):
     positions = variant.base + jnp.arange(variant.num_tokens)
     _, k, v = deep_model().project(1, jnp.asarray(rows), positions)
     assert v is not None
-    stored_k, stored_v = deep.chunks.read(variant)  # keys turned back to positions from 0
+    stored_k, stored_v = deep.engine.chunks.read(variant)  # keys turned back to positions from 0
     _, turned, _ = deep_model().project(1, jnp.asarray(rows), positions - variant.base)
     assert stored_v is not None
     np.testing.assert_allclose(v, stored_v[1], atol=1e-4)

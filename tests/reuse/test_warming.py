@@ -43,7 +43,7 @@ def warm_llm(spec: str) -> LLM:
     return llm
 
 
-@pytest.mark.parametrize("spec", [BLEND, "kamera:rank=4"])
+@pytest.mark.parametrize("spec", [BLEND, "kamera:rank=4,most=99"])
 def test_after_warm_up_prompts_with_chunks_compile_nothing(spec):
     llm = warm_llm(spec)
     params = SamplingParams(temperature=0, max_tokens=3, ignore_eos=True, reuse=spec)
