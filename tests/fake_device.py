@@ -254,12 +254,14 @@ def make_engine(
         deterministic=False,
         chunk_cache_share=0.5,
         chunk_eviction_policy="lru",
+        reuse=None,
     )
     model: Any = types.SimpleNamespace(config=types.SimpleNamespace(num_layers=1, hidden_size=1))
     spec: Any = types.SimpleNamespace(page_size=PAGE, bytes=lambda tokens: tokens)
     ticks: Iterator[int] = iter(range(10**9))
     with (
         mock.patch.object(engine_module, "Runner", FakeRunner),
+        mock.patch.object(engine_module, "model_tag", lambda model: "no weights"),
         mock.patch.object(engine_module, "MAX_SCORED_TOKENS", max_scored_tokens),
     ):
         engine = Engine(
