@@ -261,7 +261,7 @@ def make_engine(
     ticks: Iterator[int] = iter(range(10**9))
     with (
         mock.patch.object(engine_module, "Runner", FakeRunner),
-        mock.patch.object(engine_module, "model_tag", lambda model: "no weights"),
+        mock.patch.object(engine_module, "model_tag", return_value="no weights"),
         mock.patch.object(engine_module, "MAX_SCORED_TOKENS", max_scored_tokens),
     ):
         engine = Engine(
