@@ -71,14 +71,17 @@ class EngineInstrument:
         self._llm.chunks.forget()
         self._llm.reset_prefix_cache()
         self._reference = None
-        passages = {p.id: p for item in corpus.items for p in item.passages}
+        passages = list({p.id: p for item in corpus.items for p in item.passages}.values())
+        numbers = {passage.id: number for number, passage in enumerate(passages)}
+        parents = [[numbers[p] for p in passage.parents if p in numbers] for passage in passages]
         for method in methods:
             if method.partition(":")[0] not in STRATEGIES:
                 continue
             strategy = parse(method)
-            if type(strategy).enrich is not Strategy.enrich:
-                chunks = [self._chunk(passage) for passage in passages.values()]
-                self._llm.put_chunks(chunks, strategy=strategy)
+            kind = type(strategy)
+            if kind.enrich is not Strategy.enrich or kind.related is not Strategy.related:
+                chunks = [self._chunk(passage) for passage in passages]
+                self._llm.put_chunks(chunks, strategy=strategy, parents=parents)
 
     def measure(self, item: Item, method: str) -> Reading:
         """One reading.

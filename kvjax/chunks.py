@@ -35,6 +35,7 @@ class _Job:
     context: Tokens
     request: Request
     strategies: list[Strategy]  # whom it is for
+    context_chunks: tuple[str, ...] = ()
 
 
 class Chunks:
@@ -109,7 +110,7 @@ class Chunks:
 
     def encode(
         self, tokens: Tokens, context: Tokens, salt: str | None, strategy: Strategy,
-        like: Request | None = None,
+        like: Request | None = None, context_chunks: tuple[str, ...] = (),
     ) -> VariantKey | None:  # fmt: skip
         """Queues the encoding of a variant; None if it is there, or will not be let in."""
         key = VariantKey(salt, tokens_hash(tokens), context_hash(context))
@@ -138,7 +139,7 @@ class Chunks:
         request.sequences.append(
             Branch(request, [*context, *tokens], num_prompt=total, keeps_pages=True)
         )
-        self._jobs[key] = _Job(key, tokens, context, request, [strategy])
+        self._jobs[key] = _Job(key, tokens, context, request, [strategy], context_chunks)
         self._scheduler.add(request.sequences[0])
         return key
 
@@ -209,6 +210,7 @@ class Chunks:
             page_ids=list(sequence.page_ids[start // size :]),
             first=start % size,
             context_ids=job.context,
+            context_chunks=job.context_chunks,
         )
 
     def prompt(self, request: Request, num_prompt: int, exact: int) -> Prompt:
@@ -238,11 +240,12 @@ class Chunks:
 
     def put(
         self, tokens: Tokens, context: Tokens = (), salt: str | None = None,
-        strategy: Strategy | None = None,
+        strategy: Strategy | None = None, context_chunks: tuple[str, ...] = (),
     ) -> bool:  # fmt: skip
         """Queues the encoding of a chunk ahead of any prompt; whether it is on its way or there.
 
-        `strategy` annotates it once it is stored.
+        `strategy` annotates it once it is stored. `context_chunks`: `tokens_hash` of the chunks
+        that the context consists of, if it does.
 
         Raises:
           ValueError: there are no tokens.
@@ -255,6 +258,27 @@ class Chunks:
                 f"the chunk has {len(context) + len(tokens)} tokens with its context; "
                 f"max_model_len={self._max_model_len} allows {self._max_model_len - 1}"
             )
-        key = self.encode(tokens, context, salt, strategy or Strategy())
+        key = self.encode(
+            tokens, context, salt, strategy or Strategy(), context_chunks=context_chunks
+        )
         wanted = VariantKey(salt, tokens_hash(tokens), context_hash(context))
         return key is not None or self.store.get(wanted) is not None
+
+
+def queued(requests: Sequence[Request], chunks: Chunks) -> list[Request]:
+    """A batch in the order in which its strategies want it queued. What one strategy serves keeps
+    the places that it has in the batch; their arrivals are dealt out anew."""
+    order = list(requests)
+    places: dict[Strategy, list[int]] = {}
+    for place, request in enumerate(requests):
+        strategy = request.strategy if request.chunk_spans else None
+        if strategy is not None and type(strategy).arrange is not Strategy.arrange:
+            places.setdefault(strategy, []).append(place)
+    for strategy, at in places.items():
+        mine = [requests[place] for place in at]
+        arrivals = sorted(request.arrival for request in mine)
+        prompts = [chunks.prompt(r, len(r.prompt_ids), 0) for r in mine]
+        for place, arrival, number in zip(at, arrivals, strategy.arrange(prompts), strict=True):
+            order[place] = mine[number]
+            mine[number].arrival = arrival
+    return order

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from kvjax.branch import Branch
 from kvjax.build import build, tensor_parallel_mesh
 from kvjax.cache.chunks import tokens_hash
-from kvjax.chunks import Chunks
+from kvjax.chunks import Chunks, queued
 from kvjax.conditioning import Conditioned, condition
 from kvjax.config import EngineConfig
 from kvjax.intake import Prompt, is_marked
@@ -20,7 +20,7 @@ from kvjax.models.tokenizers import Tokenizer
 from kvjax.progress import progress_bar
 from kvjax.request import Chunk, RequestOutput, SamplingParams
 from kvjax.reuse import parse
-from kvjax.reuse.strategy import context_hash
+from kvjax.reuse.strategy import Document, context_hash, contexts
 from kvjax.sequence import Request
 from kvjax.stream import Job, Result, run_stream
 
@@ -204,22 +204,38 @@ class LLM:
         return self.engine.chunks
 
     def put_chunks(
-        self, documents: Seq[str | Chunk], *, strategy: Any = None, cache_salt: str | None = None
+        self,
+        documents: Seq[str | Chunk],
+        *,
+        strategy: Any = None,
+        cache_salt: str | None = None,
+        parents: Seq[Seq[int]] | None = None,
     ) -> int:
         """Encodes documents ahead of any prompt, behind the context their strategy wants.
 
-        Returns how many are stored; the others were not let in, for want of room.
+        `parents`: for each document the numbers of those it refers to, for strategies that go by
+        that; None: what they find in the texts. Returns how many are stored; the others were not
+        let in, for want of room.
         """
         chosen = self._intake.reuse if strategy is None else parse(strategy)
-        parts = [part if isinstance(part, Chunk) else Chunk(part) for part in documents]
-        corpus = [tuple(self._intake.marked_tokens([part])[1]) for part in parts]
-        for tokens in corpus:
-            self.chunks.put(tokens, chosen.enrich(tokens, corpus), cache_salt, chosen)
+        if parents is not None and len(parents) != len(documents):
+            raise ValueError(f"{len(parents)} parents for {len(documents)} documents")
+        corpus = []
+        for number, part in enumerate(documents):
+            chunk = part if isinstance(part, Chunk) else Chunk(part)
+            text, ids, _ = self._intake.marked_tokens([chunk])
+            told = None if parents is None else tuple(parents[number])
+            corpus.append(Document(tuple(ids), text or "", told))
+        behind = contexts(chosen, corpus)
+        for document, context in zip(corpus, behind, strict=True):
+            self.chunks.put(
+                document.tokens, context.tokens, cache_salt, chosen, context_chunks=context.chunks
+            )
         while self.engine.has_work:
             self.engine.step()
-        found = [self.chunks.store.variants(cache_salt, tokens_hash(tokens)) for tokens in corpus]
-        return sum(context_hash(chosen.enrich(tokens, corpus)) in variants
-                   for tokens, variants in zip(corpus, found, strict=True))  # fmt: skip
+        found = [self.chunks.store.variants(cache_salt, tokens_hash(d.tokens)) for d in corpus]
+        return sum(context_hash(context.tokens) in variants
+                   for context, variants in zip(behind, found, strict=True))  # fmt: skip
 
     def condition(
         self, prompt: Prompt, *, strategy: Any = "kamera", cache_salt: str | None = None
@@ -247,7 +263,7 @@ class LLM:
     def _run(self, requests: Seq[Request]) -> Iterator[Request]:
         """Steps the engine until all are over; yields a request whenever it made progress."""
         try:
-            for request in requests:
+            for request in queued(requests, self.chunks):
                 self.engine.add(request)
             open_requests = {id(r) for r in requests}
             while open_requests:

@@ -45,6 +45,7 @@ class Variant:
     first: int  # slot of the first token within the first page
     lineage: str = "exact"  # or what its own context was made by
     context_ids: tuple[int, ...] = ()  # the tokens in front of it, where they are known
+    context_chunks: tuple[str, ...] = ()  # of which chunks these consist, if of chunks
     tail: tuple[int, ...] = ()  # what ends the chunk and has no KV: decoding needs none of its last
     scores: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)  # f32[n] each
     facts: dict[str, Any] = dataclasses.field(default_factory=dict)  # what a strategy keeps of it

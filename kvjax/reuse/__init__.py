@@ -21,6 +21,7 @@ from kvjax.reuse.kvshare import KVShare
 from kvjax.reuse.naive import Naive, NaiveWithoutRotation
 from kvjax.reuse.relaycaching import RelayCaching
 from kvjax.reuse.strategy import Strategy
+from kvjax.reuse.tablecache import TableCache
 
 __all__ = [
     "STRATEGIES",
@@ -38,6 +39,7 @@ __all__ = [
     "RandomTokens",
     "RelayCaching",
     "Strategy",
+    "TableCache",
     "parse",
 ]
 
@@ -51,7 +53,8 @@ STRATEGIES: dict[str, type[Strategy]] = {
     strategy.name: strategy
     for strategy in (
         PrefixOnly, Naive, NaiveWithoutRotation, Epic, CacheBlend, FusionRAG, CacheTune,
-        KVShare, CacheClip, Kamera, RelayCaching, RandomTokens, Oracle,
+        KVShare, CacheClip, Kamera, RelayCaching, TableCache, RandomTokens,
+        Oracle,
     )
 }  # fmt: skip
 

@@ -1,6 +1,7 @@
 """What a reuse strategy is: hooks, each optional, over one prompt and what is stored of it.
 
     enrich      behind which context a chunk's KV is computed, ahead of time
+    related     ... and where that is other documents of a corpus, which
     wanted      ... and at the latest when a prompt misses it
     annotate    what is worked out once from stored KV, and kept with it
     look_up     which stored variant serves a chunk of this prompt
@@ -8,6 +9,7 @@
     patch       what is added to stored KV on its way, instead of running tokens
     select      which tokens are run again, in which layers
     observe     what is kept of a prompt that was computed
+    arrange     in which order the prompts of a batch are queued
 
 Strategies are frozen values and hold no state of a request: what they learn goes into the chunk
 store, under the tenant's salt.
@@ -35,6 +37,15 @@ class ModelFacts(NamedTuple):
     hidden_size: int
     kv_token_bytes: int  # over all layers
     hidden_token_bytes: int  # hidden states of one token entering every layer, float32 halved
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Document:
+    """One of the texts that are encoded ahead of any prompt."""
+
+    tokens: Tokens
+    text: str
+    parents: tuple[int, ...] | None = None  # numbers of those it refers to; None: nobody said
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -181,6 +192,11 @@ class Strategy:
         """Context behind which a chunk of a corpus is computed ahead of time; () is canonical."""
         return ()
 
+    def related(self, corpus: Sequence[Document]) -> Sequence[tuple[int, ...]] | None:
+        """For each document the numbers of those it is computed behind, in their order; None: what
+        `enrich` says of each."""
+        return None
+
     def wanted(self, prompt: Prompt, number: int, found: Found) -> Tokens | None:
         """Context of the variant to compute now for a chunk of `prompt`; None: go without."""
         return None
@@ -204,6 +220,10 @@ class Strategy:
 
     def observe(self, observed: Observed, bench: Workbench) -> None:
         """Called once a prompt with chunks is computed, before its pages go."""
+
+    def arrange(self, prompts: Sequence[Prompt]) -> Sequence[int]:
+        """The order in which prompts of one batch are queued: every number once."""
+        return range(len(prompts))
 
     @property
     def spec(self) -> str:
@@ -230,6 +250,28 @@ class CanonicalChunks(Strategy):
     def look_up(self, prompt: Prompt, number: int, found: Found) -> Variant | None:
         """The canonical variant."""
         return found.variants(prompt.salt, prompt.segments[number].chunk).get(context_hash(()))
+
+
+class Context(NamedTuple):
+    """What a document is encoded behind, and of which chunks it consists, if of chunks."""
+
+    tokens: Tokens
+    chunks: tuple[str, ...] = ()
+
+
+def contexts(strategy: Strategy, corpus: Sequence[Document]) -> list[Context]:
+    """The context of each document of a corpus."""
+    related = strategy.related(corpus)
+    tokens = [document.tokens for document in corpus]
+    if related is None:
+        return [Context(strategy.enrich(mine, tokens)) for mine in tokens]
+    return [
+        Context(
+            tuple(token for number in numbers for token in tokens[number]),
+            tuple(tokens_hash(tokens[number]) for number in numbers),
+        )
+        for numbers in related
+    ]
 
 
 def context_hash(context: Tokens) -> str:
