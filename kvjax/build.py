@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from kvjax.cache.pages import KVSpec, layout_for
 from kvjax.config import EngineConfig, cache_dir, host_memory
-from kvjax.engine import Engine
+from kvjax.engine import Engine, model_facts
 from kvjax.intake import Intake
 from kvjax.models import ModelConfig, Sharding, kv_spec, load_model, model_config
 from kvjax.models.checkpoint import Checkpoint, open_checkpoint
@@ -78,7 +78,12 @@ def build(model: str | Path, config: EngineConfig, mesh: Mesh | None = None) -> 
         seed=config.seed,
         clock=time.monotonic,
         reuse=config.reuse,
-        gate=Gate(verdicts(checkpoint, config), config.max_reuse_loss, forced=config.force_reuse),
+        gate=Gate(
+            verdicts(checkpoint, config),
+            config.max_reuse_loss,
+            forced=config.force_reuse,
+            facts=model_facts(arch, spec),
+        ),
     )
     engine = Engine(
         transformer,

@@ -17,13 +17,24 @@ from kvjax.cache.chunks import ChunkStats, ChunkStore, Variant, VariantKey, toke
 from kvjax.errors import PromptTooLong, UnknownChunk
 from kvjax.request import RequestMetrics, SamplingParams
 from kvjax.reuse.assemble import Assembly, assemble
-from kvjax.reuse.strategy import ModelFacts, Prompt, Segment, Strategy, Tokens, context_hash
+from kvjax.reuse.restore import HIDDEN
+from kvjax.reuse.strategy import (
+    ModelFacts,
+    Prompt,
+    Segment,
+    Strategy,
+    Tokens,
+    context_hash,
+    variant_name,
+)
 from kvjax.schedule import Scheduler
 from kvjax.sequence import Request
 from kvjax.sequence import Sequence as Branch
 
 # Slots, and how far keys are turned on -> keys and values, f32[layers, tokens, kv_heads, width].
 ReadSlots = Callable[[np.ndarray, int | np.ndarray], tuple[np.ndarray, np.ndarray | None]]
+# Tokens of a sequence, the index of the first, its pages -> what enters each layer there.
+ReadHidden = Callable[[list[int], int, list[int]], np.ndarray]
 
 
 @dataclasses.dataclass(eq=False, slots=True)
@@ -44,11 +55,12 @@ class Chunks:
     def __init__(
         self, store: ChunkStore, facts: ModelFacts, scheduler: Scheduler,
         discard: Callable[[Branch], None], max_model_len: int, read: ReadSlots,
+        hidden: ReadHidden,
     ) -> None:  # fmt: skip
         """`read(slots, shift)` gives the KV in these slots, keys turned by that many positions."""
         self.store, self.facts = store, facts
         self._scheduler, self._discard = scheduler, discard
-        self._max_model_len, self._read = max_model_len, read
+        self._max_model_len, self._read, self._hidden = max_model_len, read, hidden
         self._jobs: dict[VariantKey, _Job] = {}
         self._waiting: list[tuple[Request, list[VariantKey]]] = []
         self._numbers = itertools.count()
@@ -77,9 +89,9 @@ class Chunks:
         positions from 0; no values for a latent. Blocks until they are computed.
 
         Raises:
-          UnknownChunk: it is not stored, or no longer.
+          UnknownChunk: it is not stored, or no longer, or not as KV.
         """
-        if self.store.get(variant.key) is not variant:
+        if self.store.get(variant.key) is not variant or not variant.page_ids:
             raise UnknownChunk(f"no KV is stored for chunk {variant.key.chunk}")
         slots = variant.slots(0, variant.num_tokens, self._scheduler.pool.page_size)
         return self._read(slots, -variant.base)
@@ -113,7 +125,7 @@ class Chunks:
         like: Request | None = None, context_chunks: tuple[str, ...] = (),
     ) -> VariantKey | None:  # fmt: skip
         """Queues the encoding of a variant; None if it is there, or will not be let in."""
-        key = VariantKey(salt, tokens_hash(tokens), context_hash(context))
+        key = VariantKey(salt, tokens_hash(tokens), variant_name(strategy, context))
         if (variant := self.store.get(key)) is not None:
             strategy.annotate(variant, lambda: self._unrotated(variant))
             return None
@@ -122,7 +134,9 @@ class Chunks:
             return key
         total = len(context) + len(tokens)
         size = self._scheduler.pool.page_size
-        if total >= self._max_model_len or not self.store.admits(-(-total // size)):
+        hidden = strategy.keeps_hidden
+        kept = len(tokens) if hidden else total
+        if total >= self._max_model_len or not self.store.admits(-(-kept // size), on_host=hidden):
             return None
         params = SamplingParams(
             max_tokens=1, cache_salt=salt, priority=0 if like is None else like.params.priority
@@ -203,6 +217,18 @@ class Chunks:
 
     def _variant(self, job: _Job, sequence: Branch) -> Variant:
         size, start = self._scheduler.pool.page_size, len(job.context)
+        if job.strategies[0].keeps_hidden:  # all of them do, by the key
+            hidden = self._hidden(list(job.tokens), start, sequence.page_ids)
+            return Variant(
+                key=job.key,
+                tokens=np.asarray(job.tokens, np.int64),
+                base=start,
+                page_ids=[],
+                first=0,
+                lineage="exact" if hidden.dtype == np.float32 else f"hidden/{hidden.dtype}",
+                context_ids=job.context,
+                arrays={HIDDEN: hidden},
+            )
         return Variant(
             key=job.key,
             tokens=np.asarray(job.tokens, np.int64),
@@ -235,7 +261,7 @@ class Chunks:
         )
 
     def forget(self) -> None:
-        """The device lost every page: the store is empty, jobs start over with the others."""
+        """Drops all that is stored, on the host too."""
         self.store.clear()
 
     def put(
@@ -258,10 +284,9 @@ class Chunks:
                 f"the chunk has {len(context) + len(tokens)} tokens with its context; "
                 f"max_model_len={self._max_model_len} allows {self._max_model_len - 1}"
             )
-        key = self.encode(
-            tokens, context, salt, strategy or Strategy(), context_chunks=context_chunks
-        )
-        wanted = VariantKey(salt, tokens_hash(tokens), context_hash(context))
+        strategy = strategy or Strategy()
+        key = self.encode(tokens, context, salt, strategy, context_chunks=context_chunks)
+        wanted = VariantKey(salt, tokens_hash(tokens), variant_name(strategy, context))
         return key is not None or self.store.get(wanted) is not None
 
 

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterable
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from kvjax.cache.chunks import ChunkStore
@@ -23,13 +24,14 @@ from kvjax.chunks import Chunks
 from kvjax.config import EngineConfig
 from kvjax.decode import SampleOutput
 from kvjax.errors import GrammarFailed, KVJaxError, StepFailed
-from kvjax.models import Transformer
+from kvjax.models import ModelConfig, Transformer
 from kvjax.pallas_kernels import cascade_refusal
 from kvjax.readout import LayerKV
 from kvjax.recovery import Suspects
 from kvjax.request import FinishReason, Logprob, PositionLogprobs
 from kvjax.reuse.pack import stage_rows
 from kvjax.reuse.report import Fate, staged_report
+from kvjax.reuse.restore import hidden_dtype
 from kvjax.reuse.strategy import ModelFacts
 from kvjax.runner import Dispatched, RowOwner, Runner
 from kvjax.schedule import Scheduler
@@ -80,8 +82,8 @@ class Engine:
             cascade = never is None and not config.deterministic
         self.runner = Runner(model, spec, num_pages, self.limits, cascade)
         self.chunks = Chunks(
-            store, _facts(model, spec), self.scheduler, self.discard, max_model_len,
-            lambda slots, shift: self.runner.read(slots, shift),
+            store, model_facts(model.config, spec), self.scheduler, self.discard, max_model_len,
+            lambda slots, shift: self.runner.read(slots, shift), self._hidden,
         )  # fmt: skip
         self._decode_token = decode_token
         # Gives parked pages back that nobody must have, when a request cannot run otherwise.
@@ -152,6 +154,13 @@ class Engine:
             except BaseException:  # the program consumes the pages
                 self._start_over()
                 raise
+
+    def _hidden(self, tokens: list[int], first: int, page_ids: list[int]) -> np.ndarray:
+        try:
+            return self.runner.hidden(tokens, first, page_ids)
+        except BaseException:  # the program consumes the pages
+            self._start_over()
+            raise
 
     def read(self, sequence: Sequence) -> tuple[LayerKV, ...]:
         """KV of a parked sequence's tokens, by layer: as stored, in float32."""
@@ -390,13 +399,14 @@ class Engine:
             assert max(cached, len(held | stored)) <= used <= most, (cached, held, stored, used)
 
 
-def _facts(model: Transformer, spec: KVSpec) -> ModelFacts:
-    c = model.config
+def model_facts(config: ModelConfig, spec: KVSpec) -> ModelFacts:
+    """What strategies may depend on."""
+    width = jnp.dtype(hidden_dtype(spec)).itemsize
     return ModelFacts(
-        num_layers=c.num_layers,
-        hidden_size=c.hidden_size,
+        num_layers=config.num_layers,
+        hidden_size=config.hidden_size,
         kv_token_bytes=spec.bytes(1),
-        hidden_token_bytes=2 * c.hidden_size * c.num_layers,
+        hidden_token_bytes=width * config.hidden_size * config.num_layers,
     )
 
 

@@ -50,8 +50,8 @@ class UnknownStrategy(KVJaxError, ValueError):
 
 
 class ReuseRefused(KVJaxError, ValueError):
-    """Approximate reuse of KV may not serve this model; the message has the measured loss, or says
-    that none was measured."""
+    """A way of reusing KV may not serve this model; the message has the measured loss, says that
+    none was measured, or why the model gains nothing by it."""
 
 
 class InvalidPlan(KVJaxError, ValueError):

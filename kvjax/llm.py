@@ -20,7 +20,7 @@ from kvjax.models.tokenizers import Tokenizer
 from kvjax.progress import progress_bar
 from kvjax.request import Chunk, RequestOutput, SamplingParams
 from kvjax.reuse import parse
-from kvjax.reuse.strategy import Document, context_hash, contexts
+from kvjax.reuse.strategy import Document, contexts, variant_name
 from kvjax.sequence import Request
 from kvjax.stream import Job, Result, run_stream
 
@@ -234,7 +234,7 @@ class LLM:
         while self.engine.has_work:
             self.engine.step()
         found = [self.chunks.store.variants(cache_salt, tokens_hash(d.tokens)) for d in corpus]
-        return sum(context_hash(context.tokens) in variants
+        return sum(variant_name(chosen, context.tokens) in variants
                    for context, variants in zip(behind, found, strict=True))  # fmt: skip
 
     def condition(

@@ -1,4 +1,5 @@
-"""Programs beside the step: moving stored chunks, staged prefills, reading KV, scoring tokens.
+"""Programs beside the step: moving stored chunks, staged prefills, reading KV, scoring tokens,
+hidden states in place of KV.
 
 Each is a function of the model and the pages; the runner compiles one per key, at first use.
 """
@@ -6,6 +7,7 @@ Each is a function of the model and the pages; the runner compiles one per key, 
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 
 from kvjax.cache.pages import KVSpec
@@ -14,8 +16,9 @@ from kvjax.reuse.forward import StagedShape, run_staged
 from kvjax.reuse.move import move_chunks
 from kvjax.reuse.pack import MoveShape, empty_batch, empty_move
 from kvjax.reuse.read import ReadShape, read_slots
+from kvjax.reuse.restore import CaptureShape, RestoreShape, capture, restore
 
-SideKey = MoveShape | StagedShape | ReadShape | ScoreShape
+SideKey = MoveShape | StagedShape | ReadShape | ScoreShape | CaptureShape | RestoreShape
 
 
 class SideProgram(NamedTuple):
@@ -42,6 +45,10 @@ def side_program(key: SideKey, spec: KVSpec, num_layers: int, pages_per_seq: int
     def score(model, pages, *arrays):
         return run_rows(model, pages, spec, *arrays)
 
+    def captured(model, pages, *arrays):
+        assert isinstance(key, CaptureShape)
+        return capture(model, pages, spec, key.dtype, *arrays)
+
     match key:
         case MoveShape():
             return SideProgram(move, empty_move(key, num_layers, spec), True)
@@ -49,7 +56,11 @@ def side_program(key: SideKey, spec: KVSpec, num_layers: int, pages_per_seq: int
             return SideProgram(staged, (empty_batch(key, pages_per_seq),), True)
         case ReadShape():
             return SideProgram(read, (np.zeros(key.tokens, np.int32),) * 2, False)
-        case ScoreShape():
+        case RestoreShape():
+            hidden = np.zeros((num_layers, key.tokens, key.hidden_size), jnp.dtype(key.dtype))
+            return SideProgram(restore, (hidden, *(np.zeros(key.tokens, np.int32),) * 2), True)
+        case ScoreShape() | CaptureShape():
             table, number = np.zeros((1, pages_per_seq), np.int32), np.zeros((), np.int32)
             arguments = (np.zeros(key.rows, np.int32), number, number, table)
-            return SideProgram(score, arguments, True)
+            run = score if isinstance(key, ScoreShape) else captured
+            return SideProgram(run, arguments, True)

@@ -30,12 +30,13 @@ from kvjax.decode import (
 from kvjax.models import ModelConfig, Transformer
 from kvjax.prefix_groups import CascadeRule, PrefixGroups
 from kvjax.programs import SideKey, side_program
-from kvjax.readout import ScoreShape, padded
+from kvjax.readout import ScoreShape, row_arguments
 from kvjax.request import SamplingParams
 from kvjax.reuse.assemble import Move
 from kvjax.reuse.forward import StagedShape, rung
 from kvjax.reuse.pack import batched_moves, stage_prompt
 from kvjax.reuse.read import ReadShape
+from kvjax.reuse.restore import CaptureShape, hidden_dtype
 from kvjax.sequence import Sequence
 from kvjax.step import Bucket, StepBatch, StepLayout, ints, step
 from kvjax.step_plan import Limits, Portion, StepPlan
@@ -245,14 +246,17 @@ class Runner:
         """
         if copy is not None:
             self._copy((copy,))
-        shape = ScoreShape(padded(len(tokens)))
-        ids, table = ints(shape.rows), ints(1, self._pages_per_seq)
-        ids[: len(tokens)], table[0, : len(page_ids)] = tokens, page_ids
-        program = self._program(shape)
-        self.pages, logits = program(
-            self._weights, self.pages, ids, np.int32(first), np.int32(len(tokens)), table
-        )
+        rows, arguments = row_arguments(tokens, first, page_ids, self._pages_per_seq)
+        program = self._program(ScoreShape(rows))
+        self.pages, logits = program(self._weights, self.pages, *arguments)
         return np.asarray(logits)[: len(tokens)]
+
+    def hidden(self, tokens: list[int], first: int, page_ids: list[int]) -> np.ndarray:
+        """What enters each layer, [layers, tokens, hidden], of tokens whose KV is in `page_ids`."""
+        rows, arguments = row_arguments(tokens, first, page_ids, self._pages_per_seq)
+        program = self._program(CaptureShape(rows, hidden_dtype(self.spec)))
+        self.pages, hidden = program(self._weights, self.pages, *arguments)
+        return np.asarray(hidden)[:, : len(tokens)]
 
     def _prepare(self, plan: StepPlan) -> None:
         """What comes before the step's tokens."""
@@ -384,7 +388,7 @@ class Runner:
         views = tuple(
             KVView(
                 write_slots=slots,
-                visible_lo=_lower_bounds(hi, group.window),
+                visible_lo=np.maximum(0, hi - group.window) if group.window else ints(t),
                 visible_hi=hi,
                 block_tables=tables,
                 kv_lens=kv_lens,
@@ -454,10 +458,6 @@ def _rungs(first: int, last: int) -> list[int]:
         rungs.append(first)
         first *= 2
     return [*rungs, last]
-
-
-def _lower_bounds(hi: np.ndarray, window: int | None) -> Any:
-    return np.zeros_like(hi) if window is None else np.maximum(0, hi - window)
 
 
 def _rows(portion: Portion, first: int) -> list[tuple[int, RowOwner]]:

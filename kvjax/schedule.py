@@ -103,7 +103,7 @@ class Scheduler:
         if self.tree is not None:
             self.tree.clear()
         if self.chunks is not None:
-            self.chunks.clear()
+            self.chunks.lose_pages()
 
     @property
     def has_work(self) -> bool:

@@ -16,6 +16,7 @@ from kvjax.reuse.cachetune import CacheTune
 from kvjax.reuse.controls import Oracle, RandomTokens
 from kvjax.reuse.epic import Epic
 from kvjax.reuse.fusionrag import FusionRAG
+from kvjax.reuse.hcache import HCache
 from kvjax.reuse.kamera import Kamera
 from kvjax.reuse.kvshare import KVShare
 from kvjax.reuse.naive import Naive, NaiveWithoutRotation
@@ -30,6 +31,7 @@ __all__ = [
     "CacheTune",
     "Epic",
     "FusionRAG",
+    "HCache",
     "KVShare",
     "Kamera",
     "Naive",
@@ -53,7 +55,7 @@ STRATEGIES: dict[str, type[Strategy]] = {
     strategy.name: strategy
     for strategy in (
         PrefixOnly, Naive, NaiveWithoutRotation, Epic, CacheBlend, FusionRAG, CacheTune,
-        KVShare, CacheClip, Kamera, RelayCaching, TableCache, RandomTokens,
+        KVShare, CacheClip, Kamera, RelayCaching, TableCache, HCache, RandomTokens,
         Oracle,
     )
 }  # fmt: skip

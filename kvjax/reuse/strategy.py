@@ -4,6 +4,7 @@
     related     ... and where that is other documents of a corpus, which
     wanted      ... and at the latest when a prompt misses it
     annotate    what is worked out once from stored KV, and kept with it
+    refusal     why a model gains nothing by it
     look_up     which stored variant serves a chunk of this prompt
     rotates     whether keys are turned to their new positions (every sane strategy does)
     patch       what is added to stored KV on its way, instead of running tokens
@@ -36,7 +37,7 @@ class ModelFacts(NamedTuple):
     num_layers: int
     hidden_size: int
     kv_token_bytes: int  # over all layers
-    hidden_token_bytes: int  # hidden states of one token entering every layer, float32 halved
+    hidden_token_bytes: int  # hidden states of one token entering every layer, as they are kept
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -187,6 +188,11 @@ class Strategy:
     approximate: ClassVar[bool] = False  # whether a model has to pass the quality gate for it
     query_aware: ClassVar[bool] = False  # whether the text behind a chunk changes its KV
     rotates: ClassVar[bool] = True
+    keeps_hidden: ClassVar[bool] = False  # of its variants hidden states are kept, not pages
+
+    def refusal(self, facts: ModelFacts) -> str | None:
+        """Why a model gains nothing by it; None if it may."""
+        return None
 
     def enrich(self, tokens: Tokens, corpus: Sequence[Tokens]) -> Tokens:
         """Context behind which a chunk of a corpus is computed ahead of time; () is canonical."""
@@ -277,6 +283,11 @@ def contexts(strategy: Strategy, corpus: Sequence[Document]) -> list[Context]:
 def context_hash(context: Tokens) -> str:
     """How a variant's context is named in its key; "" for none."""
     return tokens_hash(context) if context else ""
+
+
+def variant_name(strategy: Strategy, context: Tokens) -> str:
+    """The last part of the key of the variant that `strategy` keeps behind `context`."""
+    return context_hash(context) + ("/hidden" if strategy.keeps_hidden else "")
 
 
 def ratio_of(name: str, value: object) -> float:

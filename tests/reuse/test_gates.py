@@ -87,7 +87,7 @@ def test_partial_reuse_is_not_a_full_prefill_but_reports_what_it_did(llm, spec):
 
 
 def test_what_a_staged_prefill_chooses_is_its_share(llm):
-    out = run(llm, PROMPT, "cacheblend:check_layer=0,ratio=0.3", "tablecache")
+    out = run(llm, PROMPT, "cacheblend:check_layer=0,ratio=0.3")
     first, second = out.reuse.groups
     assert (first.l0, first.l1, second.l0, second.l1) == (0, 1, 1, 2)
     assert first.recomputed == len(A) + len(B)
