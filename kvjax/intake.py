@@ -232,6 +232,7 @@ class Intake:
     def _strategy(self, spec: Any) -> Strategy:
         """The strategy of a spec, if it may serve this model."""
         strategy = parse(spec)
+        strategy.check_tokenizer(self.tokenizer)
         if self._gate is not None:
             self._gate.check(strategy)
         return strategy

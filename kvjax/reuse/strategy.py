@@ -23,6 +23,7 @@ from typing import Any, ClassVar, NamedTuple, Protocol
 import numpy as np
 
 from kvjax.cache.chunks import Variant, tokens_hash
+from kvjax.models.tokenizers import Tokenizer
 from kvjax.reuse.plan import Spans, StagedPlan
 
 Tokens = tuple[int, ...]
@@ -189,6 +190,10 @@ class Strategy:
     query_aware: ClassVar[bool] = False  # whether the text behind a chunk changes its KV
     rotates: ClassVar[bool] = True
     keeps_hidden: ClassVar[bool] = False  # of its variants hidden states are kept, not pages
+
+    def check_tokenizer(self, tokenizer: Tokenizer) -> None:
+        """Called with the model's, before any work. Raises `ReuseRefused` if it cannot read its
+        token ids."""
 
     def refusal(self, facts: ModelFacts) -> str | None:
         """Why a model gains nothing by it; None if it may."""
