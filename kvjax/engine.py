@@ -9,6 +9,7 @@ discarded, and its slot never enters the prefix tree.
 """
 
 import collections
+import dataclasses
 import time
 from collections.abc import Callable, Iterable
 
@@ -30,6 +31,7 @@ from kvjax.readout import LayerKV
 from kvjax.recovery import Suspects
 from kvjax.request import FinishReason, Logprob, PositionLogprobs
 from kvjax.reuse.pack import stage_rows
+from kvjax.reuse.repair import Repair, repair_after
 from kvjax.reuse.report import Fate, staged_report
 from kvjax.reuse.restore import hidden_dtype
 from kvjax.reuse.strategy import ModelFacts
@@ -196,7 +198,7 @@ class Engine:
                 touched |= self._commit(previous)
                 previous = None
             self.scheduler.only = self._suspects.under_test
-            plan = self.scheduler.plan()
+            plan = self._plan_repair() or self.scheduler.plan()
             if plan.sequences:
                 dispatching = plan
                 self._in_flight = self.runner.dispatch(plan)
@@ -213,6 +215,19 @@ class Engine:
             raise
         touched |= {id(r): r for r in self._take_failed()}
         return list(touched.values())
+
+    def _plan_repair(self) -> StepPlan | None:
+        """A step that runs reused rows again, if a sequence has decoded since its last one."""
+        for sequence in self.scheduler.running:
+            repair: Repair | None = sequence.repair
+            if repair is None or not self._suspects.none:
+                continue
+            computed, pool = sequence.num_computed, self.scheduler.pool
+            if repair.due(computed, sequence.num_prompt) and repair.plan(
+                computed, sequence.page_ids, pool.page_size, pool.ref_count
+            ):
+                return StepPlan((), (), (), staged=sequence, repairs=True)
+        return None
 
     def _may_overlap(self) -> bool:
         """Whether the next step can be planned before this one's tokens are known.
@@ -264,11 +279,25 @@ class Engine:
         ended, self._ended = self._ended, set()
         if sequence.assembly is None or sequence in ended:
             return {}
+        if step.plan.repairs:
+            return self._commit_repair(sequence, np.asarray(step.stages[-1]))
         stages = stage_rows(sequence.assembly.staged.stages, step.stages)
         report = staged_report(sequence.request.report, stages)
+        if step.kept and sequence.assembly.repair:
+            sequence.repair = repair_after(sequence.assembly, report, np.asarray(step.kept[-1]))
         sequence.request.report = report
         sequence.request.num_cached_tokens = int((report.fates[-1] < Fate.RECOMPUTED).sum())
         self._suspects.passed([Portion(sequence, 0, 1, False, False)])
+        return {}
+
+    def _commit_repair(self, sequence: Sequence, rows: np.ndarray) -> dict[int, Request]:
+        rows = rows[rows >= 0]
+        report = sequence.request.report
+        if sequence.repair is not None:
+            sequence.repair.ran(rows)
+        if report is not None:
+            count = report.repaired_tokens + len(rows)
+            sequence.request.report = dataclasses.replace(report, repaired_tokens=count)
         return {}
 
     def _append(
@@ -305,6 +334,7 @@ class Engine:
 
     def _finish(self, sequence: Sequence, reason: FinishReason) -> None:
         sequence.finish_reason = reason
+        sequence.repair = None
         self.scheduler.finish(sequence)
         if self._in_flight is not None:
             self._ended.add(sequence)  # it may be run again before that step is committed

@@ -36,6 +36,7 @@ from kvjax.reuse.assemble import Move
 from kvjax.reuse.forward import StagedShape, rung
 from kvjax.reuse.pack import batched_moves, stage_prompt
 from kvjax.reuse.read import ReadShape
+from kvjax.reuse.repair import stage_repair
 from kvjax.reuse.restore import CaptureShape, hidden_dtype
 from kvjax.sequence import Sequence
 from kvjax.step import Bucket, StepBatch, StepLayout, ints, step
@@ -65,6 +66,7 @@ class Dispatched:
     out: SampleOutput | None  # None: a staged prefill, which draws nothing
     bucket: Bucket | StagedShape
     stages: tuple[Any, ...] = ()  # indices of the rows that each stage of it ran
+    kept: tuple[Any, ...] = ()  # scores that its stages keep
 
 
 class Runner:
@@ -277,12 +279,12 @@ class Runner:
         """A staged prefill of one sequence, up to its last prompt token."""
         assert plan.staged is not None
         self._prepare(plan)
-        shape, batch = stage_prompt(plan.staged, self.spec.page_size, self._pages_per_seq)
-        rows = sum(stage.rows for stage in shape.stages)
-        self.padded_tokens += rows
+        pack = stage_repair if plan.repairs else stage_prompt
+        shape, batch = pack(plan.staged, self.spec.page_size, self._pages_per_seq)
+        self.padded_tokens += sum(stage.rows for stage in shape.stages)
         program = self._program(shape)
-        self.pages, stages = program(self._weights, self.pages, batch)
-        return Dispatched(plan, (), None, shape, stages)
+        self.pages, stages, kept = program(self._weights, self.pages, batch)
+        return Dispatched(plan, (), None, shape, stages, kept)
 
     def _copy(self, copies: tuple[tuple[int, int], ...]) -> None:
         width = self.limits.max_num_seqs

@@ -185,6 +185,7 @@ def stage_prompt(
         rows=tuple(rows),
         counts=np.asarray(counts, np.int32),
         thresholds=np.asarray(thresholds, np.float32),
+        weights=np.zeros(size, np.float32),
     )
     return shape, batch
 
@@ -204,6 +205,7 @@ def empty_batch(shape: StagedShape, pages_per_seq: int) -> StagedBatch:
         rows=tuple(np.full(stage.rows, -1, np.int32) for stage in stages),
         counts=np.zeros(len(stages), np.int32),
         thresholds=np.zeros(len(stages), np.float32),
+        weights=np.zeros(size, np.float32),
     )
 
 

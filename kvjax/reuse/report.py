@@ -42,6 +42,7 @@ class ReuseReport:
     fates: np.ndarray
     copied_tokens: int = 0  # whose KV was moved into the request's own slots
     run_layer_tokens: int = 0  # layers times rows that were run, stages and probes included
+    repaired_tokens: int = 0  # run again between decode steps, by now
     estimated_loss: float | None = None  # mean KL to full prefill that the model's gate measured
 
     @property

@@ -190,6 +190,7 @@ class Strategy:
     query_aware: ClassVar[bool] = False  # whether the text behind a chunk changes its KV
     rotates: ClassVar[bool] = True
     keeps_hidden: ClassVar[bool] = False  # of its variants hidden states are kept, not pages
+    repair: int = 0  # reused rows that are run again between two decode steps
 
     def check_tokenizer(self, tokenizer: Tokenizer) -> None:
         """Called with the model's, before any work. Raises `ReuseRefused` if it cannot read its
