@@ -126,6 +126,7 @@ def test_running_all_rows_again_at_once_makes_the_prompts_kv_that_of_a_full_pref
     assert after is not None
     for number, full in enumerate(wanted):
         np.testing.assert_allclose(after[0][number], full.k[:stop], atol=1e-4)
+        assert full.v is not None
         np.testing.assert_allclose(after[1][number], full.v[:stop], atol=1e-4)
     assert np.abs(before[0][1] - wanted[1].k[:stop]).max() > 1e-3
     assert request.report.repaired_tokens == REUSED - 1
