@@ -50,7 +50,7 @@ class EngineInstrument:
         self._llm, self._about = llm, dict(about)
         self._tokenizer = llm.get_tokenizer()
         self._reference: tuple[Item, _Reference] | None = None
-        self._passages: list[Chunk] = []  # of the corpus
+        self._passages: list[Passage] = []  # of the corpus
 
     def about(self) -> Mapping[str, Any]:
         """Model, types, device, versions."""
@@ -77,7 +77,7 @@ class EngineInstrument:
         self._llm.reset_prefix_cache()
         self._reference = None
         passages = {p.id: p for item in corpus.items for p in item.passages}
-        self._passages = [self._chunk(passage) for passage in passages.values()]
+        self._passages = list(passages.values())
         for method in methods:
             if method.partition(":")[0] in STRATEGIES and observes(strategy := parse(method)):
                 self._learn(corpus, strategy)
@@ -93,9 +93,17 @@ class EngineInstrument:
 
         Nothing of it depends on the question.
         """
-        if type(strategy).enrich is not Strategy.enrich:
-            mine = [self._chunk(passage) for passage in item.passages]
-            self._llm.chunks.put(mine, strategy=strategy, corpus=self._passages)
+        kind = type(strategy)
+        if kind.enrich is not Strategy.enrich:
+            mine, corpus = (
+                list(map(self._chunk, some)) for some in (item.passages, self._passages)
+            )
+            self._llm.chunks.put(mine, strategy=strategy, corpus=corpus)
+        elif kind.related is not Strategy.related:
+            numbers = {passage.id: number for number, passage in enumerate(item.passages)}
+            parents = [[numbers[p] for p in x.parents if p in numbers] for x in item.passages]
+            mine = list(map(self._chunk, item.passages))
+            self._llm.chunks.put(mine, strategy=strategy, parents=parents)
         if isinstance(strategy, Kamera):
             self._llm.condition(self._prompt(item)[:-1], strategy=strategy)
         if isinstance(strategy, RelayCaching):

@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from kvjax.cache.pages import KVSpec, layout_for
 from kvjax.config import EngineConfig, cache_dir, host_memory
 from kvjax.engine import Engine
+from kvjax.facts import model_facts
 from kvjax.intake import Intake
 from kvjax.models import ModelConfig, Sharding, kv_spec, load_model, model_config
 from kvjax.models.checkpoint import Checkpoint, open_checkpoint
@@ -82,6 +83,7 @@ def build(model: str | Path, config: EngineConfig, mesh: Mesh | None = None) -> 
             verdicts(checkpoint, config),
             Limits(config.max_reuse_loss, config.min_reuse_agreement),
             forced=config.force_reuse,
+            facts=model_facts(arch, spec),
         ),
     )
     engine = Engine(

@@ -19,7 +19,7 @@ from kvjax.progress import encoding_bar
 from kvjax.request import Chunk
 from kvjax.reuse import parse
 from kvjax.reuse.patches import PatchStats
-from kvjax.reuse.strategy import context_hash
+from kvjax.reuse.strategy import Document, context_hash, contexts, variant_name
 from kvjax.segmentation import segment
 from kvjax.transfer import Spans
 
@@ -79,6 +79,7 @@ class ChunkLibrary:
         *,
         strategy: Any = None,
         corpus: Sequence[str | Chunk] | None = None,
+        parents: Sequence[Sequence[int]] | None = None,
         cache_salt: str | None = None,
         progress: bool = False,
     ) -> tuple[PutChunk, ...]:
@@ -86,13 +87,15 @@ class ChunkLibrary:
 
         That context is made from `corpus`, the documents themselves if it is None. `strategy` is a
         spec or a `Strategy`; the engine's own if it is None. Text is tokenised as a `Chunk` of it
-        is. All documents are checked before any is encoded.
+        is. `parents`: for each document the numbers of those it refers to, for strategies that go
+        by that; None: what they find in the texts. All documents are checked before any is encoded.
 
         Raises:
-          ValueError: a document is empty, or has ids outside the vocabulary.
+          ValueError: a document is empty, or has ids outside the vocabulary; `parents` are not one
+            per document.
           PromptTooLong: one does not fit the context, together with what it is to stand behind.
         """
-        jobs = waiting = self.begin(documents, strategy, cache_salt, corpus)
+        jobs = waiting = self.begin(documents, strategy, cache_salt, corpus, parents)
         with encoding_bar(progress, len(jobs)) as encoded:
             while waiting:
                 still = self.unfinished(waiting)
@@ -105,24 +108,37 @@ class ChunkLibrary:
     def begin(
         self, documents: Documents, strategy: Any = None, cache_salt: str | None = None,
         corpus: Sequence[str | Chunk] | None = None,
+        parents: Sequence[Sequence[int]] | None = None,
     ) -> Sequence[_Job]:  # fmt: skip
         """Queues what `put` encodes; the engine's steps do it. Raises as `put` does."""
         parts = [documents] if isinstance(documents, str | Chunk) else list(documents)
         chosen = self._intake.reuse if strategy is None else parse(strategy)
-        documents_ids, corpus_ids = (
-            [self._ids(part if isinstance(part, Chunk) else Chunk(part)) for part in some]
-            for some in (parts, parts if corpus is None else corpus)
-        )
-        contexts = [tuple(chosen.enrich(tokens, corpus_ids)) for tokens in documents_ids]
+        if parents is not None and len(parents) != len(parts):
+            raise ValueError(f"{len(parents)} parents for {len(parts)} documents")
+        mine = [
+            self._document(part, None if parents is None else tuple(parents[number]))
+            for number, part in enumerate(parts)
+        ]
+        among = mine if corpus is None else [self._document(part, None) for part in corpus]
+        behind = contexts(chosen, mine, among)
         chunks = self._engine.chunks
-        for tokens, context in zip(documents_ids, contexts, strict=True):
-            chunks.check(tokens, context)
+        for document, context in zip(mine, behind, strict=True):
+            chunks.check(document.tokens, context.tokens)
         jobs = []
-        for tokens, context in zip(documents_ids, contexts, strict=True):
-            chunks.put(tokens, context, cache_salt, chosen)
-            key = VariantKey(cache_salt, tokens_hash(tokens), context_hash(context))
-            jobs.append(_Job(key, len(tokens)))
+        for document, context in zip(mine, behind, strict=True):
+            chunks.put(
+                document.tokens, context.tokens, cache_salt, chosen, context_chunks=context.chunks
+            )
+            name = variant_name(chosen, context.tokens)
+            key = VariantKey(cache_salt, tokens_hash(document.tokens), name)
+            jobs.append(_Job(key, len(document.tokens)))
         return jobs
+
+    def _document(self, part: str | Chunk, parents: tuple[int, ...] | None) -> Document:
+        text, ids, _ = self._intake.marked_tokens(
+            [part if isinstance(part, Chunk) else Chunk(part)]
+        )
+        return Document(tuple(self._intake.checked_ids(ids)), text or "", parents)
 
     def unfinished(self, jobs: Sequence[_Job]) -> Sequence[_Job]:
         """Those of `begin` that are on their way."""

@@ -19,10 +19,22 @@ from kvjax.observing import Device, observe, observes
 from kvjax.request import RequestMetrics, SamplingParams
 from kvjax.reuse.assemble import Assembly, assemble
 from kvjax.reuse.patches import Patches
-from kvjax.reuse.strategy import ModelFacts, Prompt, Segment, Strategy, Tokens, context_hash
+from kvjax.reuse.restore import HIDDEN
+from kvjax.reuse.strategy import (
+    ModelFacts,
+    Prompt,
+    Segment,
+    Strategy,
+    Tokens,
+    context_hash,
+    variant_name,
+)
 from kvjax.schedule import Scheduler
 from kvjax.sequence import Request, Status
 from kvjax.sequence import Sequence as Branch
+
+# Tokens of a sequence, the index of the first, its pages -> what enters each layer there.
+ReadHidden = Callable[[list[int], int, list[int]], np.ndarray]
 
 
 @dataclasses.dataclass(eq=False, slots=True)
@@ -34,6 +46,7 @@ class _Job:
     context: Tokens
     request: Request
     strategies: list[Strategy]  # whom it is for
+    context_chunks: tuple[str, ...] = ()
 
 
 class Chunks:
@@ -42,12 +55,13 @@ class Chunks:
     def __init__(
         self, store: ChunkStore, facts: ModelFacts, scheduler: Scheduler,
         discard: Callable[[Branch], None], max_model_len: int, device: Device,
+        hidden: ReadHidden,
     ) -> None:  # fmt: skip
         self.store, self.facts = store, facts
         page_bytes = scheduler.pool.page_size * facts.kv_token_bytes
         self.patches = Patches(store, store.capacity_pages * page_bytes)
         self._scheduler, self._discard = scheduler, discard
-        self._max_model_len, self._device = max_model_len, device
+        self._max_model_len, self._device, self._hidden = max_model_len, device, hidden
         self._jobs: dict[VariantKey, _Job] = {}
         self._waiting: list[tuple[Request, list[VariantKey]]] = []
         self._numbers = itertools.count()
@@ -64,9 +78,9 @@ class Chunks:
         positions from 0; no values for a latent. Blocks until they are computed.
 
         Raises:
-          UnknownChunk: it is not stored, or no longer.
+          UnknownChunk: it is not stored, or no longer, or not as KV.
         """
-        if self.store.get(variant.key) is not variant:
+        if self.store.get(variant.key) is not variant or not variant.page_ids:
             raise UnknownChunk(f"no KV is stored for chunk {variant.key.chunk}")
         slots = variant.slots(0, variant.num_tokens, self._scheduler.pool.page_size)
         return self._device.read(slots, -variant.base)
@@ -97,10 +111,10 @@ class Chunks:
 
     def encode(
         self, tokens: Tokens, context: Tokens, salt: str | None, strategy: Strategy,
-        like: Request | None = None,
+        like: Request | None = None, context_chunks: tuple[str, ...] = (),
     ) -> VariantKey | None:  # fmt: skip
         """Queues the encoding of a variant; None if it is there, or will not be let in."""
-        key = VariantKey(salt, tokens_hash(tokens), context_hash(context))
+        key = VariantKey(salt, tokens_hash(tokens), variant_name(strategy, context))
         if (variant := self.store.get(key)) is not None:
             strategy.annotate(variant, lambda: self._unrotated(variant))
             return None
@@ -109,7 +123,9 @@ class Chunks:
             return key
         total = len(context) + len(tokens)
         size = self._scheduler.pool.page_size
-        if total >= self._max_model_len or not self.store.admits(-(-total // size)):
+        hidden = strategy.keeps_hidden
+        kept = len(tokens) if hidden else total
+        if total >= self._max_model_len or not self.store.admits(-(-kept // size), on_host=hidden):
             return None
         params = SamplingParams(
             max_tokens=1, cache_salt=salt, priority=0 if like is None else like.params.priority
@@ -126,7 +142,7 @@ class Chunks:
         request.sequences.append(
             Branch(request, [*context, *tokens], num_prompt=total, keeps_pages=True)
         )
-        self._jobs[key] = _Job(key, tokens, context, request, [strategy])
+        self._jobs[key] = _Job(key, tokens, context, request, [strategy], context_chunks)
         self._scheduler.add(request.sequences[0])
         return key
 
@@ -195,6 +211,18 @@ class Chunks:
 
     def _variant(self, job: _Job, sequence: Branch) -> Variant:
         size, start = self._scheduler.pool.page_size, len(job.context)
+        if job.strategies[0].keeps_hidden:  # all of them do, by the key
+            hidden = self._hidden(list(job.tokens), start, sequence.page_ids)
+            return Variant(
+                key=job.key,
+                tokens=np.asarray(job.tokens, np.int64),
+                base=start,
+                page_ids=[],
+                first=0,
+                lineage="exact" if hidden.dtype == np.float32 else f"hidden/{hidden.dtype}",
+                context_ids=job.context,
+                arrays={HIDDEN: hidden},
+            )
         return Variant(
             key=job.key,
             tokens=np.asarray(job.tokens, np.int64),
@@ -202,6 +230,7 @@ class Chunks:
             page_ids=list(sequence.page_ids[start // size :]),
             first=start % size,
             context_ids=job.context,
+            context_chunks=job.context_chunks,
         )
 
     def prompt(self, request: Request, num_prompt: int, exact: int) -> Prompt:
@@ -242,20 +271,22 @@ class Chunks:
             observe(sequence, prompt, self.store, self._device)
 
     def forget(self) -> None:
-        """The device lost every page: the store is empty, jobs start over with the others."""
+        """Drops all that is stored, on the host too."""
         self.store.clear()
 
     def put(
         self, tokens: Tokens, context: Tokens = (), salt: str | None = None,
-        strategy: Strategy | None = None,
+        strategy: Strategy | None = None, context_chunks: tuple[str, ...] = (),
     ) -> bool:  # fmt: skip
         """Queues the encoding of a chunk ahead of any prompt; whether it is on its way or there.
 
-        `strategy` annotates it once it is stored. Raises as `check` does.
+        `strategy` annotates it once it is stored. `context_chunks`: `tokens_hash` of the chunks
+        that the context consists of, if it does. Raises as `check` does.
         """
         self.check(tokens, context)
-        key = self.encode(tokens, context, salt, strategy or Strategy())
-        wanted = VariantKey(salt, tokens_hash(tokens), context_hash(context))
+        strategy = strategy or Strategy()
+        key = self.encode(tokens, context, salt, strategy, context_chunks=context_chunks)
+        wanted = VariantKey(salt, tokens_hash(tokens), variant_name(strategy, context))
         return key is not None or self.store.get(wanted) is not None
 
     def check(self, tokens: Tokens, context: Tokens = ()) -> None:
@@ -276,3 +307,22 @@ class Chunks:
     def is_encoding(self, key: VariantKey) -> bool:
         """Whether a variant is on its way."""
         return key in self._jobs
+
+
+def queued(requests: Sequence[Request], chunks: Chunks) -> list[Request]:
+    """A batch in the order in which its strategies want it queued. What one strategy serves keeps
+    the places that it has in the batch; their arrivals are dealt out anew."""
+    order = list(requests)
+    places: dict[Strategy, list[int]] = {}
+    for place, request in enumerate(requests):
+        strategy = request.strategy if request.chunk_spans else None
+        if strategy is not None and type(strategy).arrange is not Strategy.arrange:
+            places.setdefault(strategy, []).append(place)
+    for strategy, at in places.items():
+        mine = [requests[place] for place in at]
+        arrivals = sorted(request.arrival for request in mine)
+        prompts = [chunks.prompt(r, len(r.prompt_ids), 0) for r in mine]
+        for place, arrival, number in zip(at, arrivals, strategy.arrange(prompts), strict=True):
+            order[place] = mine[number]
+            mine[number].arrival = arrival
+    return order

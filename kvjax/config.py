@@ -4,7 +4,9 @@ import dataclasses
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
+
+T = TypeVar("T")
 
 
 def cache_dir() -> Path:
@@ -122,3 +124,10 @@ class EngineConfig:
 def host_memory() -> int:
     """Bytes of physical memory of this machine."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def one_of(setting: str, name: str, known: Mapping[str, T]) -> T:
+    """What a setting names. Raises `ValueError` with all names for another."""
+    if name not in known:
+        raise ValueError(f"{setting} must be one of {sorted(known)}, got {name!r}")
+    return known[name]

@@ -9,43 +9,45 @@ discarded, and its slot never enters the prefix tree.
 """
 
 import collections
+import contextlib
+import dataclasses
 import logging
 import time
-from collections.abc import Callable, Mapping
-from typing import TypeVar
+from collections.abc import Callable, Iterator
 
 import jax
 import numpy as np
 
-from kvjax.cache.chunks import CHUNK_EVICTION_POLICIES, ChunkStore
+from kvjax.cache.chunks import CHUNK_EVICTION_POLICIES as CHUNK_POLICIES
+from kvjax.cache.chunks import ChunkStore
 from kvjax.cache.pages import KVSpec
 from kvjax.cache.pool import PagePool
 from kvjax.cache.radix import EVICTION_POLICIES, RadixTree
 from kvjax.chunks import Chunks
-from kvjax.config import EngineConfig
-from kvjax.decode import SampleOutput
+from kvjax.config import EngineConfig, one_of
 from kvjax.errors import GrammarFailed, KVJaxError, StepFailed
+from kvjax.facts import model_facts
+from kvjax.logprobs import position_logprobs, read_report
 from kvjax.models import Transformer
 from kvjax.models.tag import model_tag
 from kvjax.observing import Device
 from kvjax.pallas_kernels import cascade_refusal
 from kvjax.readout import LayerKV, row_arguments
-from kvjax.recovery import Suspects
-from kvjax.request import FinishReason, Logprob, PositionLogprobs
+from kvjax.recovery import Suspects, first_line
+from kvjax.request import FinishReason, PositionLogprobs
 from kvjax.reuse import parse
 from kvjax.reuse.entering import EnteringShape
 from kvjax.reuse.pack import stage_rows
+from kvjax.reuse.repair import Repair, repair_after
 from kvjax.reuse.report import Fate, staged_report
-from kvjax.reuse.strategy import ModelFacts
 from kvjax.reuse.warming import reuse_programs
-from kvjax.runner import Dispatched, RowOwner, Runner
+from kvjax.runner import Dispatched, Runner
 from kvjax.schedule import Scheduler
 from kvjax.sequence import Assembled, Request, Sequence, Status
 from kvjax.shrink import out_of_memory, smaller
 from kvjax.step_plan import Limits, Portion, StepPlan
 from kvjax.transfer import Spans
 
-T = TypeVar("T")
 log = logging.getLogger("kvjax")
 _ASKED = "the structured outputs, bad words and allowed token ids together"
 MAX_SCORED_TOKENS = 128  # prompt tokens whose logits one step keeps
@@ -78,26 +80,23 @@ class Engine:
         pool = PagePool(num_pages, spec.page_size)
         tree = None
         if config.enable_prefix_caching:
-            policy = _named("eviction_policy", config.eviction_policy, EVICTION_POLICIES)
+            policy = one_of("eviction_policy", config.eviction_policy, EVICTION_POLICIES)
             tree = RadixTree(pool, policy())
-        name = config.chunk_eviction_policy
-        leaving = _named("chunk_eviction_policy", name, CHUNK_EVICTION_POLICIES)
+        leaving = one_of("chunk_eviction_policy", config.chunk_eviction_policy, CHUNK_POLICIES)
         store = ChunkStore(pool, int(config.chunk_cache_share * num_pages), leaving)
         self.scheduler = Scheduler(pool, tree, self.limits, clock, store, self._assemble)
         if cascade is None:
             never = cascade_refusal(jax.default_backend())
             cascade = never is None and not config.deterministic
         self.runner = Runner(model, spec, num_pages, self.limits, cascade)
-        facts = _facts(model, spec)
+        facts = model_facts(model.config, spec, model_tag(model))
         self.runner.side_keys = reuse_programs(parse(config.reuse), facts, max_model_len)
         self.chunks = Chunks(
             store, facts, self.scheduler, self.discard, max_model_len,
-            Device(
-                lambda slots, shift: self.runner.read(slots, shift),
-                lambda shape, arguments: self.runner.beside(shape, *arguments),
-                spec.page_size,
-                -(-max_model_len // spec.page_size),
-            ),
+            Device(lambda slots, shift: self.runner.read(slots, shift),
+                   lambda shape, arguments: self.runner.beside(shape, *arguments),
+                   spec.page_size, -(-max_model_len // spec.page_size)),
+            self._hidden,
         )  # fmt: skip
         self._decode_token = decode_token
         # Gives parked pages back that nobody must have, when a request cannot run otherwise.
@@ -167,11 +166,8 @@ class Engine:
         with self.scheduler.lease(-(-(first + 1 + len(continuation)) // size) - kept) as lease:
             copy = (sequence.page_ids[kept], lease.pages[0]) if first % size else None
             pages = [*sequence.page_ids[:kept], *lease.pages]
-            try:
+            with self._consuming_pages():
                 return self.runner.score([sequence.tokens[-1], *continuation], first, pages, copy)
-            except BaseException:  # the program consumes the pages
-                self._start_over()
-                raise
 
     def entering(self, sequence: Sequence, start: int, stop: int, layer: int) -> np.ndarray:
         """What enters `layer` at tokens `[start, stop)` of a parked sequence: f32[tokens, hidden].
@@ -182,12 +178,12 @@ class Engine:
         rows, arguments = row_arguments(
             sequence.tokens[start:stop], start, sequence.page_ids, pages_per_seq
         )
-        try:
-            hidden = self.runner.beside(EnteringShape(rows, layer), *arguments)
-        except BaseException:  # the program consumes the pages
-            self._start_over()
-            raise
-        return hidden[: stop - start]
+        with self._consuming_pages():
+            return self.runner.beside(EnteringShape(rows, layer), *arguments)[: stop - start]
+
+    def _hidden(self, tokens: list[int], first: int, page_ids: list[int]) -> np.ndarray:
+        with self._consuming_pages():
+            return self.runner.hidden(tokens, first, page_ids)
 
     def read(self, sequence: Sequence) -> tuple[LayerKV, ...]:
         """KV of a parked sequence's tokens, by layer: as stored, in float32."""
@@ -199,9 +195,15 @@ class Engine:
 
     def load(self, spans: Spans, slots: np.ndarray) -> None:
         """Stores KV that `Runner.export` gave at slots that nobody else reads or writes."""
-        try:
+        with self._consuming_pages():
             self.runner.load(spans, slots)
-        except BaseException:  # the program consumes the pages
+
+    @contextlib.contextmanager
+    def _consuming_pages(self) -> Iterator[None]:
+        """Around a program that takes the pages and gives them back: a failure loses them."""
+        try:
+            yield
+        except BaseException:
             self._start_over()
             raise
 
@@ -231,7 +233,7 @@ class Engine:
                 touched |= self._commit(previous)
                 previous = None
             self.scheduler.only = self._suspects.under_test
-            plan = self.scheduler.plan()
+            plan = self._plan_repair() or self.scheduler.plan()
             if plan.sequences:
                 dispatching = plan
                 self._in_flight = self.runner.dispatch(plan)
@@ -250,6 +252,19 @@ class Engine:
         touched |= {id(r): r for r in self._take_failed()}
         return list(touched.values())
 
+    def _plan_repair(self) -> StepPlan | None:
+        """A step that runs reused rows again, if a sequence has decoded since its last one."""
+        for sequence in self.scheduler.running:
+            repair: Repair | None = sequence.repair
+            if repair is None or not self._suspects.none:
+                continue
+            computed, pool = sequence.num_computed, self.scheduler.pool
+            if repair.due(computed, sequence.num_prompt) and repair.plan(
+                computed, sequence.page_ids, pool.page_size, pool.ref_count
+            ):
+                return StepPlan((), (), (), staged=sequence, repairs=True)
+        return None
+
     def _may_overlap(self) -> bool:
         """Whether the next step can be planned before this one's tokens are known.
 
@@ -264,7 +279,7 @@ class Engine:
             return self._commit_staged(step)
         tokens = np.asarray(step.out.tokens)
         healthy = np.asarray(step.out.healthy)
-        report = _read_report(step.out, step.owners)
+        report = read_report(step.out, step.owners)
         now = self.clock()
         touched = {}
         ended, self._ended = self._ended, set()
@@ -279,7 +294,9 @@ class Engine:
                 continue  # it ended one step before; this token is discarded
             request = sequence.request
             touched[id(request)] = request
-            entry = None if report is None else self._entry(report, row, owner)
+            entry = None
+            if report is not None:
+                entry = position_logprobs(report, row, owner, self._decode_token)
             if not owner.draws:
                 assert request.prompt_logprobs is not None
                 request.prompt_logprobs[owner.position] = entry
@@ -305,11 +322,25 @@ class Engine:
         ended, self._ended = self._ended, set()
         if sequence.assembly is None or sequence in ended:
             return {}
+        if step.plan.repairs:
+            return self._commit_repair(sequence, np.asarray(step.stages[-1]))
         stages = stage_rows(sequence.assembly.staged.stages, step.stages)
         report = staged_report(sequence.request.report, stages)
+        if step.kept and sequence.assembly.repair:
+            sequence.repair = repair_after(sequence.assembly, report, np.asarray(step.kept[-1]))
         sequence.request.report = report
         sequence.request.num_cached_tokens = int((report.fates[-1] < Fate.RECOMPUTED).sum())
         self._suspects.passed([Portion(sequence, 0, 1, False, False)])
+        return {}
+
+    def _commit_repair(self, sequence: Sequence, rows: np.ndarray) -> dict[int, Request]:
+        rows = rows[rows >= 0]
+        report = sequence.request.report
+        if sequence.repair is not None:
+            sequence.repair.ran(rows)
+        if report is not None:
+            count = report.repaired_tokens + len(rows)
+            sequence.request.report = dataclasses.replace(report, repaired_tokens=count)
         return {}
 
     def _append(
@@ -346,6 +377,7 @@ class Engine:
 
     def _finish(self, sequence: Sequence, reason: FinishReason) -> None:
         sequence.finish_reason = reason
+        sequence.repair = None
         self.scheduler.finish(sequence)
         self.chunks.store.let_go(sequence)
         if self._in_flight is not None:
@@ -355,25 +387,6 @@ class Engine:
         self._suspects.drop(sequence)
         if sequence.request.finished:
             sequence.request.metrics.finished_time = self.clock()
-
-    def _entry(self, report: SampleOutput, row: int, owner: RowOwner) -> PositionLogprobs | None:
-        """Log-probabilities at one position: the token that came, and the most likely ones."""
-        params = owner.sequence.request.params
-        count = params.logprobs if owner.draws else params.prompt_logprobs
-        if count is None:
-            return None
-        token = int(report.tokens[row])
-        ids = [int(i) for i in report.top_ids[row][:count] if i >= 0]
-        entry = {
-            i: Logprob(float(report.top_logprobs[row][k]), k + 1, self._decoded(i))
-            for k, i in enumerate(ids)
-        }
-        rank, logprob = int(report.ranks[row]), float(report.logprobs[row])
-        entry[token] = Logprob(logprob, rank, self._decoded(token))
-        return entry
-
-    def _decoded(self, token: int) -> str | None:
-        return self._decode_token(token) if self._decode_token is not None else None
 
     # ---- failures ---------------------------------------------------------------------------
 
@@ -417,7 +430,7 @@ class Engine:
         self._start_over()
         culprit = self._suspects.failed(alive, others=len(alive) < len(sequences))
         if culprit is not None:
-            blame = StepFailed(f"the device step failed: {_first_line(error)}")
+            blame = StepFailed(f"the device step failed: {first_line(error)}")
             blame.__cause__ = error
             self._fail(culprit.request, blame)
 
@@ -468,32 +481,3 @@ class Engine:
             used = pool.num_pages - pool.num_free
             most = cached + len(held | stored)
             assert max(cached, len(held | stored)) <= used <= most, (cached, held, stored, used)
-
-
-def _named(setting: str, name: str, known: Mapping[str, T]) -> T:
-    if name not in known:
-        raise ValueError(f"{setting} must be one of {sorted(known)}, got {name!r}")
-    return known[name]
-
-
-def _facts(model: Transformer, spec: KVSpec) -> ModelFacts:
-    c = model.config
-    return ModelFacts(
-        num_layers=c.num_layers,
-        hidden_size=c.hidden_size,
-        kv_token_bytes=spec.bytes(1),
-        hidden_token_bytes=2 * c.hidden_size * c.num_layers,
-        tag=model_tag(model),
-    )
-
-
-def _read_report(out: SampleOutput, owners: tuple[RowOwner, ...]) -> SampleOutput | None:
-    """The log-probability arrays on the host, if any row asked for them."""
-    params = [(o.sequence.request.params, o.draws) for o in owners]
-    if not any((p.logprobs if draws else p.prompt_logprobs) is not None for p, draws in params):
-        return None
-    return jax.device_get(out)
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -50,8 +50,8 @@ class UnknownStrategy(KVJaxError, ValueError):
 
 
 class ReuseRefused(KVJaxError, ValueError):
-    """Approximate reuse of KV may not serve this model, or this prompt; the message has what was
-    measured and the limits, or says what is missing."""
+    """A way of reusing KV may not serve this model; the message has the measured loss, says that
+    none was measured, or why the model gains nothing by it."""
 
 
 class InvalidPlan(KVJaxError, ValueError):

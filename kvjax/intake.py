@@ -249,6 +249,7 @@ class Intake:
           UnknownStrategy, ReuseRefused, ValueError: see `kvjax.reuse.parse` and `Gate.check`.
         """
         strategy = parse(spec)
+        strategy.check_tokenizer(self.tokenizer)
         if self._gate is not None:
             self._gate.check(strategy)
         return strategy

@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from kvjax.branch import Branch
 from kvjax.build import build, tensor_parallel_mesh
 from kvjax.chunk_library import ChunkLibrary
+from kvjax.chunks import queued
 from kvjax.conditioning import Conditioned, condition
 from kvjax.config import EngineConfig
 from kvjax.intake import Prompt
@@ -250,7 +251,7 @@ class LLM:
     def _run(self, requests: Seq[Request]) -> Iterator[Request]:
         """Steps the engine until all are over; yields a request whenever it made progress."""
         try:
-            for request in requests:
+            for request in queued(requests, self.engine.chunks):
                 self.engine.add(request)
             open_requests = {id(r) for r in requests}
             while open_requests:

@@ -1,5 +1,5 @@
-"""Programs beside the step: moving stored chunks, staged prefills, KV read, taken out and put in,
-tokens scored.
+"""Programs beside the step: moving stored chunks, staged prefills, reading KV, scoring tokens,
+hidden states in place of KV.
 
 Each is a function of the model and the pages; the runner compiles one per key, at first use.
 """
@@ -7,6 +7,7 @@ Each is a function of the model and the pages; the runner compiles one per key, 
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 
 from kvjax.cache.pages import KVSpec
@@ -17,6 +18,7 @@ from kvjax.reuse.forward import StagedShape, run_staged
 from kvjax.reuse.move import move_chunks
 from kvjax.reuse.pack import MoveShape, empty_batch, empty_move
 from kvjax.reuse.read import ReadShape, read_slots
+from kvjax.reuse.restore import CaptureShape, RestoreShape, capture, restore
 from kvjax.transfer import ExportShape, ImportShape, empty_spans, export_slots, import_slots
 
 SideKey = (
@@ -28,6 +30,8 @@ SideKey = (
     | ImportShape
     | AttendedShape
     | EnteringShape
+    | CaptureShape
+    | RestoreShape
 )
 
 
@@ -68,6 +72,10 @@ def side_program(key: SideKey, spec: KVSpec, num_layers: int, pages_per_seq: int
         assert isinstance(key, EnteringShape)
         return entering(model, pages, spec, key.layer, *arrays)
 
+    def captured(model, pages, *arrays):
+        assert isinstance(key, CaptureShape)
+        return capture(model, pages, spec, key.dtype, *arrays)
+
     match key:
         case MoveShape():
             return SideProgram(move, empty_move(key, num_layers, spec), True)
@@ -80,10 +88,15 @@ def side_program(key: SideKey, spec: KVSpec, num_layers: int, pages_per_seq: int
         case ImportShape():
             spans = empty_spans(spec, key.tokens)
             return SideProgram(load, (spans, np.zeros(key.tokens, np.int32)), True)
-        case ScoreShape() | EnteringShape():
-            table, number = np.zeros((1, pages_per_seq), np.int32), np.zeros((), np.int32)
-            arguments = (np.zeros(key.rows, np.int32), number, number, table)
-            run = score if isinstance(key, ScoreShape) else enter
-            return SideProgram(run, arguments, True)
         case AttendedShape():
             return SideProgram(sums, empty_attended(key, pages_per_seq), True)
+        case RestoreShape():
+            hidden = np.zeros((num_layers, key.tokens, key.hidden_size), jnp.dtype(key.dtype))
+            return SideProgram(restore, (hidden, *(np.zeros(key.tokens, np.int32),) * 2), True)
+        case ScoreShape() | EnteringShape() | CaptureShape():
+            table, number = np.zeros((1, pages_per_seq), np.int32), np.zeros((), np.int32)
+            arguments = (np.zeros(key.rows, np.int32), number, number, table)
+            run: Callable[..., Any] = score
+            if not isinstance(key, ScoreShape):
+                run = enter if isinstance(key, EnteringShape) else captured
+            return SideProgram(run, arguments, True)

@@ -60,3 +60,8 @@ class Suspects:
         for group in self._groups:
             group.pop(sequence, None)
         self._groups = [group for group in self._groups if group]
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, in one line."""
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -31,12 +31,14 @@ from kvjax.ladder import ladder
 from kvjax.models import ModelConfig, Transformer
 from kvjax.prefix_groups import CascadeRule, PrefixGroups
 from kvjax.programs import SideKey, side_program
-from kvjax.readout import ScoreShape, padded
+from kvjax.readout import ScoreShape, row_arguments
 from kvjax.request import SamplingParams
 from kvjax.reuse.assemble import Move
 from kvjax.reuse.forward import StagedShape
 from kvjax.reuse.pack import batched_moves, stage_prompt
 from kvjax.reuse.read import read_pieces
+from kvjax.reuse.repair import stage_repair
+from kvjax.reuse.restore import CaptureShape, hidden_dtype
 from kvjax.reuse.warming import smallest_holding
 from kvjax.sequence import Sequence
 from kvjax.step import Bucket, StepBatch, StepLayout, ints, step
@@ -66,6 +68,7 @@ class Dispatched:
     out: SampleOutput | None  # None: a staged prefill, which draws nothing
     bucket: Bucket | StagedShape
     stages: tuple[Any, ...] = ()  # indices of the rows that each stage of it ran
+    kept: tuple[Any, ...] = ()  # scores that its stages keep
 
 
 class Runner:
@@ -253,16 +256,19 @@ class Runner:
         """
         if copy is not None:
             self._copy((copy,))
-        shape = ScoreShape(padded(len(tokens)))
-        ids, table = ints(shape.rows), ints(1, self._pages_per_seq)
-        ids[: len(tokens)], table[0, : len(page_ids)] = tokens, page_ids
-        logits = self.beside(shape, ids, np.int32(first), np.int32(len(tokens)), table)
-        return logits[: len(tokens)]
+        rows, arguments = row_arguments(tokens, first, page_ids, self._pages_per_seq)
+        return self.beside(ScoreShape(rows), *arguments)[: len(tokens)]
 
     def beside(self, key: SideKey, *arguments: Any) -> np.ndarray:
         """Runs a program that gives the pages back and one array, which is waited for."""
         self.pages, result = self._program(key)(self._weights, self.pages, *arguments)
         return np.asarray(result)
+
+    def hidden(self, tokens: list[int], first: int, page_ids: list[int]) -> np.ndarray:
+        """What enters each layer, [layers, tokens, hidden], of tokens whose KV is in `page_ids`."""
+        rows, arguments = row_arguments(tokens, first, page_ids, self._pages_per_seq)
+        hidden = self.beside(CaptureShape(rows, hidden_dtype(self.spec)), *arguments)
+        return hidden[:, : len(tokens)]
 
     def _prepare(self, plan: StepPlan) -> None:
         """What comes before the step's tokens."""
@@ -283,14 +289,12 @@ class Runner:
         """A staged prefill of one sequence, up to its last prompt token."""
         assert plan.staged is not None
         self._prepare(plan)
-        shape, batch = stage_prompt(
-            plan.staged, self.spec.page_size, self._pages_per_seq, self._fitting
-        )
-        rows = sum(stage.rows for stage in shape.stages)
-        self.padded_tokens += rows
+        pack = stage_repair if plan.repairs else stage_prompt
+        shape, batch = pack(plan.staged, self.spec.page_size, self._pages_per_seq, self._fitting)
+        self.padded_tokens += sum(stage.rows for stage in shape.stages)
         program = self._program(shape)
-        self.pages, stages = program(self._weights, self.pages, batch)
-        return Dispatched(plan, (), None, shape, stages)
+        self.pages, stages, kept = program(self._weights, self.pages, batch)
+        return Dispatched(plan, (), None, shape, stages, kept)
 
     def _fitting(self, shape: StagedShape) -> StagedShape:
         """Once warm, a program that is compiled, if one holds what `shape` is for."""
@@ -402,7 +406,7 @@ class Runner:
         views = tuple(
             KVView(
                 write_slots=slots,
-                visible_lo=_lower_bounds(hi, group.window),
+                visible_lo=np.maximum(0, hi - group.window) if group.window else ints(t),
                 visible_hi=hi,
                 block_tables=tables,
                 kv_lens=kv_lens,

@@ -77,7 +77,7 @@ class Scheduler:
         sequence.page_ids = []
         sequence.num_computed = 0
         sequence.owns_tail = True
-        sequence.assembly, sequence.reused = None, ()
+        sequence.assembly, sequence.reused, sequence.repair = None, (), None
 
     def fork(self, parent: Sequence, child: Sequence) -> None:
         """Lets `child`, whose tokens start with `parent`'s, share what `parent` has computed.
@@ -107,7 +107,7 @@ class Scheduler:
         if self.tree is not None:
             self.tree.clear()
         if self.chunks is not None:
-            self.chunks.clear()
+            self.chunks.lose_pages()
 
     @property
     def has_work(self) -> bool:
@@ -386,7 +386,8 @@ class Scheduler:
             return
         namespace, assembly = sequence.request.namespace, sequence.assembly
         if assembly is not None and assembly.lineage != "exact" and computed > assembly.exact_end:
-            self._insert(sequence, (namespace[0], assembly.lineage), computed)
+            if not assembly.repair:
+                self._insert(sequence, (namespace[0], assembly.lineage), computed)
             computed = assembly.exact_end
         self._insert(sequence, namespace, computed)
 

@@ -59,6 +59,11 @@ class Assembled(Protocol):
         ...
 
     @property
+    def repair(self) -> int:
+        """Rows that are run again between two decode steps; then its pages are for it alone."""
+        ...
+
+    @property
     def lineage(self) -> str:
         """Either "exact", or what everything behind depends on."""
         ...
@@ -137,6 +142,7 @@ class Sequence:
     owns_tail: bool = True  # False: the last, partial page is shared and copied before a write
     assembly: Assembled | None = None  # how stored chunks came into its pages
     reused: tuple[tuple[int, int], ...] = ()  # spans that are moved or staged, not computed
+    repair: Any = None  # `kvjax.reuse.repair.Repair`, while it decodes over reused KV
     seat: int | None = None
     status: Status = Status.DORMANT
     keeps_pages: bool = False  # parked, not released, when finished

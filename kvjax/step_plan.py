@@ -43,6 +43,7 @@ class StepPlan:
     loads: tuple[Sequence, ...]
     moves: tuple[tuple[Sequence, Any], ...] = ()  # (whose, `kvjax.reuse.assemble.Move`)
     staged: Sequence | None = None  # its assembly has the stages
+    repairs: bool = False  # the stages are those of its repair instead
 
     @property
     def sequences(self) -> tuple[Sequence, ...]:

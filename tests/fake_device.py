@@ -257,7 +257,7 @@ def make_engine(
         reuse=None,
     )
     model: Any = types.SimpleNamespace(config=types.SimpleNamespace(num_layers=1, hidden_size=1))
-    spec: Any = types.SimpleNamespace(page_size=PAGE, bytes=lambda tokens: tokens)
+    spec: Any = types.SimpleNamespace(page_size=PAGE, bytes=lambda tokens: tokens, groups=())
     ticks: Iterator[int] = iter(range(10**9))
     with (
         mock.patch.object(engine_module, "Runner", FakeRunner),

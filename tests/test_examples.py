@@ -45,3 +45,12 @@ def test_streams_end_and_the_aborted_one_says_so(model, monkeypatch, capsys):
     told = dict(re.findall(r"\[(\d)\] finished: (\w+)", capsys.readouterr().out))
     assert set(told) == {"1", "2", "3"}
     assert told["3"] in ("abort", "stop", "length")  # the step that ends it may come first
+
+
+def test_tables_are_encoded_once_and_reused_in_every_order(tmp_path, monkeypatch, capsys):
+    run("tables.py", write_tiny_checkpoint(tmp_path, max_position_embeddings=4096), monkeypatch)
+    first, *rest = capsys.readouterr().out.splitlines()
+    assert first.startswith("8 of 8 tables")
+    shares = [re.findall(r"\((\d+) of (\d+) tokens reused\)", line) for line in rest]
+    assert len(shares) > 1
+    assert all(2 * int(reused) > int(length) for ((reused, length),) in shares)

@@ -36,7 +36,8 @@ class VariantKey(NamedTuple):
 @dataclasses.dataclass(slots=True, eq=False)
 class Variant:
     """The KV of a chunk's tokens, computed behind one context. Its pages may hold other tokens
-    too: token `i` is at offset `first + i` of `page_ids`."""
+    too: token `i` is at offset `first + i` of `page_ids`. Without pages it is on the host alone, in
+    `arrays`, as what gives its KV back."""
 
     key: VariantKey
     tokens: np.ndarray  # i64[n]
@@ -45,6 +46,7 @@ class Variant:
     first: int  # slot of the first token within the first page
     lineage: str = "exact"  # or what its own context was made by
     context_ids: tuple[int, ...] = ()  # the tokens in front of it, where they are known
+    context_chunks: tuple[str, ...] = ()  # of which chunks these consist, if of chunks
     tail: tuple[int, ...] = ()  # what ends the chunk and has no KV: decoding needs none of its last
     scores: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)  # f32[n] each
     facts: dict[str, Any] = dataclasses.field(default_factory=dict)  # what a strategy keeps of it
@@ -144,6 +146,10 @@ class ChunkStore:
     def __iter__(self) -> Iterator[Variant]:
         return iter(list(self._variants.values()))
 
+    def size(self, variant: Variant) -> int:
+        """Pages that it counts for: its own, or on the host as many as its KV would take."""
+        return len(variant.page_ids) or -(-variant.num_tokens // self._pool.page_size)
+
     @property
     def num_pages(self) -> int:
         """Pages that variants refer to; one that two share counts twice."""
@@ -205,9 +211,9 @@ class ChunkStore:
 
     # ---- changing ---------------------------------------------------------------------------
 
-    def admits(self, num_pages: int) -> bool:
+    def admits(self, num_pages: int, *, on_host: bool = False) -> bool:
         """Whether a newcomer of that size would be let in now. Changes nothing."""
-        return self._victims(num_pages) is not None
+        return self._victims(num_pages, on_host) is not None
 
     def put(self, variant: Variant) -> bool:
         """Stores a variant and retains its pages, if there is room for it; whether there was.
@@ -220,7 +226,7 @@ class ChunkStore:
             if old.pins:
                 return False
             self._drop(old)
-        victims = self._victims(len(variant.page_ids))
+        victims = self._victims(self.size(variant), not variant.page_ids)
         if victims is None:
             self._refused += 1
             return False
@@ -261,7 +267,8 @@ class ChunkStore:
         number of pages given up.
         """
         given_up = 0
-        for variant in self._ordered(self._variants.values()) if num_pages > 0 else ():
+        on_device = [variant for variant in self._variants.values() if variant.page_ids]
+        for variant in self._ordered(on_device) if num_pages > 0 else ():
             given_up += len(variant.page_ids)
             self._drop(variant)
             self._evicted += 1
@@ -270,9 +277,15 @@ class ChunkStore:
         return given_up
 
     def clear(self) -> None:
-        """Drops everything, pinned or not: the pages' content is lost."""
+        """Drops everything, pinned or not."""
         for variant in self:
             self._drop(variant)
+
+    def lose_pages(self) -> None:
+        """Drops what was on the device, pinned or not: the pages' content is lost."""
+        for variant in self:
+            if variant.page_ids:
+                self._drop(variant)
 
     def check_integrity(self) -> None:
         """Asserts that indices agree and that every page is held. Reads only."""
@@ -285,29 +298,31 @@ class ChunkStore:
             assert key == variant.key
             assert variant.key.chunk == tokens_hash((*variant.tokens, *variant.tail))
             covered = len(variant.page_ids) * self._pool.page_size
-            assert variant.first + variant.num_tokens <= covered
+            assert not covered or variant.first + variant.num_tokens <= covered
             for page in variant.page_ids:
                 assert self._pool.ref_count(page) > 0, page
 
     # ---- choosing who leaves ----------------------------------------------------------------
 
-    def _victims(self, num_pages: int) -> Sequence[Variant] | None:
-        """Who must go for a newcomer of that size; None if it is to be refused."""
-        missing = num_pages - (self.capacity_pages - self.num_pages)
+    def _victims(self, num_pages: int, on_host: bool) -> Sequence[Variant] | None:
+        """Who must go for a newcomer of that size; None if it is to be refused. Host and device are
+        bounded alike, each by itself."""
+        peers = [v for v in self._variants.values() if on_host == (not v.page_ids)]
+        missing = num_pages - (self.capacity_pages - sum(map(self.size, peers)))
         if num_pages > self.capacity_pages:
             return None
-        protected = sum(len(v.page_ids) for v in self._variants.values() if v.uses or v.pins)
+        protected = sum(self.size(v) for v in peers if v.uses or v.pins)
         over = protected - int(PROTECTED_SHARE * self.capacity_pages)
         victims = []
-        for variant in self._ordered(self._variants.values()):
+        for variant in self._ordered(peers):
             if missing <= 0:
                 break
             if variant.uses:  # in the order of the policy, and only what is above the share
                 if over <= 0:
                     continue
-                over -= len(variant.page_ids)
+                over -= self.size(variant)
             victims.append(variant)
-            missing -= len(variant.page_ids)
+            missing -= self.size(variant)
         return victims if missing <= 0 else None
 
     def _ordered(self, variants: Iterable[Variant]) -> list[Variant]:

@@ -17,12 +17,14 @@ from kvjax.reuse.cachetune import CacheTune
 from kvjax.reuse.controls import Oracle, RandomTokens
 from kvjax.reuse.epic import Epic
 from kvjax.reuse.fusionrag import FusionRAG
+from kvjax.reuse.hcache import HCache
 from kvjax.reuse.kamera import Kamera
 from kvjax.reuse.kvcomm import KVComm
 from kvjax.reuse.kvshare import KVShare
 from kvjax.reuse.naive import Naive, NaiveWithoutRotation
 from kvjax.reuse.relaycaching import RelayCaching
 from kvjax.reuse.strategy import Strategy
+from kvjax.reuse.tablecache import TableCache
 
 __all__ = [
     "STRATEGIES",
@@ -32,6 +34,7 @@ __all__ = [
     "CacheTune",
     "Epic",
     "FusionRAG",
+    "HCache",
     "KVComm",
     "KVShare",
     "Kamera",
@@ -42,6 +45,7 @@ __all__ = [
     "RandomTokens",
     "RelayCaching",
     "Strategy",
+    "TableCache",
     "parse",
 ]
 
@@ -55,8 +59,8 @@ STRATEGIES: dict[str, type[Strategy]] = {
     strategy.name: strategy
     for strategy in (
         PrefixOnly, Naive, NaiveWithoutRotation, Epic, CacheBlend, FusionRAG, CacheTune,
-        KVShare, CacheClip, CacheCraft, KVComm, Kamera, RelayCaching, RandomTokens,
-        Oracle,
+        KVShare, CacheClip, CacheCraft, KVComm, Kamera, RelayCaching, TableCache, HCache,
+        RandomTokens, Oracle,
     )
 }  # fmt: skip
 

@@ -46,6 +46,7 @@ class Assembly:
     exact_end: int  # tokens before it are as exact as a full prefill
     lineage: str  # "exact", or what everything from `exact_end` on depends on
     report: ReuseReport
+    repair: int = 0  # rows run again between two decode steps: nobody else may use its pages
 
     def found(self) -> "Assembly":
         """The same once its result is found in the cache: only the last token is run."""
@@ -112,7 +113,8 @@ def assemble(strategy: Strategy, prompt: Prompt, store: ChunkStore) -> Assembly:
         run_layer_tokens=run * layers,
     )
     lineage = _lineage(strategy, prompt, moves) if blended else "exact"
-    return Assembly(tuple(moves), reused, staged, always, exact_end, lineage, report)
+    repair = 0 if staged is None else strategy.repair
+    return Assembly(tuple(moves), reused, staged, always, exact_end, lineage, report, repair)
 
 
 def _exact_reach(prompt: Prompt, hits: tuple[Hit, ...]) -> tuple[int, set[Hit]]:

@@ -6,18 +6,24 @@ chosen by attention of the question, softmax over its chunk, in the mean over he
 best `ratio` over all chunks; then windows of 8 tokens with 5 chosen ones are run whole, and lonely
 ones are dropped (8 and 5 are a re-implementation's).
 
-The paper's selector is a second model, its last layer. Here it is the model itself, cut behind its
-first `selector_layers`: the question runs over the stored KV up to there. It is the weaker selector
-by the paper's own measurement; a second model is not wired in.
+The paper's selector is a second model, its last layer: SmolLM2-135M, fine-tuned in v1 by a recipe
+that is not public. `selector` names one; it reads each chunk alone (inferred) and the same token
+ids, so that nothing has to be mapped. Without one the model itself selects, cut behind its first
+`selector_layers`, over the stored KV: the weaker selector by the paper's own measurement.
 """
 
 import dataclasses
 from collections.abc import Sequence
 from typing import ClassVar
 
+import jax.numpy as jnp
+import numpy as np
+
 from kvjax.cache.chunks import Variant
+from kvjax.models.tokenizers import Tokenizer
 from kvjax.reuse.cacheblend import CacheBlend
-from kvjax.reuse.plan import Spans, Stage, StagedPlan, TopK, rest_of
+from kvjax.reuse.plan import Spans, Stage, StagedPlan, TopK, indices_to_spans, rest_of
+from kvjax.reuse.selector import Selector, check_selector, load_selector
 from kvjax.reuse.strategy import (
     CanonicalChunks,
     Found,
@@ -28,6 +34,7 @@ from kvjax.reuse.strategy import (
     count_of,
     ratio_of,
 )
+from kvjax.reuse.windows import group_windows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +48,8 @@ class CacheClip(CanonicalChunks):
       ratio: of reused tokens that are chosen before they are grouped; the paper's 0.2.
       window: tokens of a window.
       least: chosen tokens that a window needs.
-      selector_layers: of the model that select; None is half of them.
+      selector_layers: of the model that select, without a `selector`; None is half of them.
+      selector: a model as `LLM` takes it, of the same tokenizer; loaded when it is first needed.
       prefix: what chunks are encoded behind. None: the text in front of the prompt's first chunk;
         then `LLM.chunks.put`, which sees no prompt, encodes chunks behind nothing.
     """
@@ -53,6 +61,7 @@ class CacheClip(CanonicalChunks):
     least: int = 5
     selector_layers: int | None = None
     prefix: tuple[int, ...] | None = None
+    selector: str | None = None
 
     def __post_init__(self) -> None:
         ratio_of("ratio", self.ratio)
@@ -62,6 +71,13 @@ class CacheClip(CanonicalChunks):
             raise ValueError(f"least must be at most {self.window=}, got {self.least}")
         if self.selector_layers is not None:
             count_of("selector_layers", self.selector_layers, 1)
+        if self.selector is not None and self.selector_layers is not None:
+            raise ValueError(f"{self.selector=} selects with its last layer: no selector_layers")
+
+    def check_tokenizer(self, tokenizer: Tokenizer) -> None:
+        """A selector has to read the same token ids. Raises `ReuseRefused` if it does not."""
+        if self.selector is not None:
+            check_selector(self.selector, tokenizer)
 
     def enrich(self, tokens: Tokens, corpus: Sequence[Tokens]) -> Tokens:
         """The shared prefix, where it is given."""
@@ -88,7 +104,27 @@ class CacheClip(CanonicalChunks):
         start, stop = prompt.question
         if start == stop:
             return CacheBlend(ratio=self.ratio).select(prompt, hits)
+        if self.selector is not None:
+            return self._by(load_selector(self.selector), prompt, hits, k)
         text = Spans(rest_of(spans, prompt.num_exact, prompt.num_tokens - 1))
         selector = min(self.selector_layers or -(-layers // 2), layers)
         best = TopK("question_attention_within", k, window=(self.window, self.least))
         return StagedPlan((Stage(0, selector, text), Stage(0, layers, best)))
+
+    def _by(self, selector: Selector, prompt: Prompt, hits: Sequence[Hit], k: int) -> Spans:
+        """Windows around the `k` tokens that a second model's question attends to most. A chunk is
+        scored whole, though its start may be an exact prefix."""
+        question = prompt.tokens[prompt.question[0] :]
+        reused = np.concatenate([np.arange(hit.start, hit.stop) for hit in hits])
+        scores = [
+            selector.scores(prompt.chunk_tokens(hit.number), question)[
+                hit.offset : hit.offset + hit.stop - hit.start
+            ]
+            for hit in hits
+        ]
+        best = np.argsort(-np.concatenate(scores), kind="stable")[:k]
+        chosen = np.zeros(prompt.num_tokens - 1 - prompt.num_exact, bool)
+        chosen[reused[best] - prompt.num_exact] = True
+        windows = np.flatnonzero(group_windows(jnp.array(chosen), self.window, self.least))
+        again = np.intersect1d(windows + prompt.num_exact, reused)
+        return Spans(indices_to_spans(again))

@@ -32,6 +32,7 @@ class StageShape:
     restores: bool  # rows that the next stage does not choose get their stored KV back
     window: tuple[int, int] | None = None  # how chosen rows are grouped
     enters: bool = False  # rows that the stage before did not run begin from stored hidden states
+    keeps: str | None = None  # a score of its last layer that is handed out
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +67,7 @@ class StagedBatch:
     counts: Any  # i32[stages]: how many rows a stage chooses
     thresholds: Any  # f32[stages], times the mean score; scores are not negative, 0 is none
     floors: Any  # f32[stages], the same without the mean
+    weights: Any  # f32[C]: what a score may weigh candidates by
     hidden: Any = None  # f32[C, hidden]: stored, for the rows that enter mid-stack
 
 
@@ -94,6 +96,7 @@ def shape_of(
                 score=None if choice is None else choice.score,
                 sums=choice is not None and choice.layers == "sum",
                 restores=choice is not None and stage.update == "chosen",
+                keeps=None if choice is None else choice.keeps,
                 window=None if isinstance(stage.rows, Spans) else stage.rows.window,
                 enters=stage.hidden is not None,
             )
@@ -112,8 +115,10 @@ def _num_rows(stage: Stage, num_candidates: int, num_always: int) -> int:
 
 def run_staged(
     model: Transformer, pages: KVPages, spec: KVSpec, shape: StagedShape, batch: StagedBatch
-) -> tuple[KVPages, tuple[Array, ...]]:
-    """Runs all stages; the indices of each stage's rows (-1 is padding). Consumes `pages`."""
+) -> tuple[KVPages, tuple[Array, ...], tuple[Array, ...]]:
+    """Runs all stages; the indices of each stage's rows (-1 is padding), and the scores that stages
+    keep. Consumes `pages`."""
+    kept_scores: list[Array] = []
     scores = jnp.zeros(shape.candidates, jnp.float32)
     hidden = place = ids = None
     stored: list[tuple[int, Any, Array]] = []
@@ -129,8 +134,8 @@ def run_staged(
         else:
             ids = batch.rows[number]
         for layer, span, slots in stored:  # rows of the stage before that were not chosen
-            kept = jnp.where(_members(ids, shape.candidates)[jnp.maximum(previous, 0)], -1, slots)
-            restored = import_span(pages.layers[layer], span, kept)
+            back = jnp.where(_members(ids, shape.candidates)[jnp.maximum(previous, 0)], -1, slots)
+            restored = import_span(pages.layers[layer], span, back)
             pages = _with_layer(pages, layer, restored)
         stored = []
         if fresh or hidden is None or place is None:
@@ -145,10 +150,13 @@ def run_staged(
         indices = jnp.where(ids < 0, -1, batch.indices[jnp.maximum(ids, 0)])
         views = _views(spec, shape, batch, indices, stage.chooses)
         rows = _Rows(ids, jnp.maximum(indices, 0), views, jnp.array([0, stage.rows], jnp.int32))
-        hidden, pages, scores, stored = _run_stage(model, pages, spec, stage, batch, rows, hidden)
+        hidden, pages, scores, stored, kept = _run_stage(
+            model, pages, spec, stage, batch, rows, hidden
+        )
+        kept_scores += kept
         place = _inverse(ids, shape.candidates)
         chosen.append(indices)
-    return pages, tuple(chosen)
+    return pages, tuple(chosen), tuple(kept_scores)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,7 +170,7 @@ class _Rows:
 def _run_stage(model, pages, spec, stage: StageShape, batch: StagedBatch, rows: _Rows, hidden):
     """A stage's layers, and the scores that the next stage chooses by."""
     scores = jnp.zeros(batch.indices.shape[0], jnp.float32)
-    stored = []
+    stored, kept = [], []
     scored = (
         () if stage.score is None else range(stage.l0 if stage.sums else stage.l1 - 1, stage.l1)
     )
@@ -179,13 +187,16 @@ def _run_stage(model, pages, spec, stage: StageShape, batch: StagedBatch, rows: 
         old = gather_slots(pages.layers[layer], view.write_slots, widths=widths)
         hidden, pages, _ = _layers(model, hidden, pages, rows, layer, layer + 1)
         new = gather_slots(pages.layers[layer], view.write_slots, widths=widths)
-        scores += find_score(str(stage.score))(
-            Layer(model, layer, pages.layers[layer], view, entering, rows.positions, rows.ids,
-                  batch.indices, batch.question, batch.chunks, old, new)
+        seen = Layer(
+            model, layer, pages.layers[layer], view, entering, rows.positions, rows.ids,
+            batch.indices, batch.question, batch.chunks, old, new, batch.weights,
         )  # fmt: skip
+        scores += find_score(str(stage.score))(seen)
+        if stage.keeps is not None and layer == stage.l1 - 1:
+            kept.append(find_score(stage.keeps)(seen))
         at = layer + 1
     hidden, pages, _ = _layers(model, hidden, pages, rows, at, stage.l1)
-    return hidden, pages, scores, stored
+    return hidden, pages, scores, stored, kept
 
 
 def _layers(model: Transformer, hidden, pages, rows: _Rows, l0: int, l1: int):

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from kvjax.errors import ReuseRefused
-from kvjax.reuse.strategy import Strategy
+from kvjax.reuse.strategy import ModelFacts, Strategy
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,18 +121,30 @@ class Verdicts:
 
 
 class Gate:
-    """Lets strategies through to one model. `forced`: all of them, measured or not."""
+    """Lets strategies through to one model. `forced`: all of them, measured or not.
 
-    def __init__(self, verdicts: Verdicts, limits: Limits, *, forced: bool = False) -> None:
+    `facts` of the model are what a strategy may refuse it by; None: it is not asked.
+    """
+
+    def __init__(
+        self, verdicts: Verdicts, limits: Limits, *, forced: bool = False,
+        facts: ModelFacts | None = None,
+    ) -> None:  # fmt: skip
         self._verdicts, self._limits, self._forced = verdicts, limits, forced
+        self._facts = facts
         self._losses: dict[str, float | None] = {}  # of what was let through
 
     def check(self, strategy: Strategy) -> None:
         """Does nothing for a strategy that may serve.
 
         Raises:
-          ReuseRefused: it is approximate, and was measured to change too much, or not at all.
+          ReuseRefused: it is approximate, and was measured to change too much, or not at all; or
+            the model gains nothing by it.
         """
+        if self._facts is not None and not self._forced:
+            why = strategy.refusal(self._facts)
+            if why is not None:
+                raise ReuseRefused(f"{strategy.spec}: {why}; force_reuse=True does it all the same")
         if not strategy.approximate or strategy.spec in self._losses:
             return
         verdict = None

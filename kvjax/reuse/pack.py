@@ -8,10 +8,11 @@ import numpy as np
 
 from kvjax.cache.pages import KVSpec
 from kvjax.reuse.assemble import Assembly, Move
-from kvjax.reuse.forward import StagedBatch, StagedShape, shape_of
+from kvjax.reuse.forward import StagedBatch, StagedShape, rung, shape_of
 from kvjax.reuse.move import DevicePatch
 from kvjax.reuse.padding import pieces
 from kvjax.reuse.plan import Spans, TopK
+from kvjax.reuse.restore import HIDDEN, RestoreShape
 from kvjax.reuse.strategy import KVPatch
 
 
@@ -40,8 +41,8 @@ class MoveShape:
 class PackedMove(NamedTuple):
     """Arguments of one call of a move program."""
 
-    shape: MoveShape
-    arrays: tuple[Any, ...]  # src, dst, shifts, and a patch if the shape has one
+    shape: MoveShape | RestoreShape
+    arrays: tuple[Any, ...]  # src, dst, shifts, and a patch if the shape has one; or hidden states
 
 
 def batched_moves(moves: Iterable[tuple[Placed, Move]], page_size: int) -> Iterator[PackedMove]:
@@ -49,9 +50,12 @@ def batched_moves(moves: Iterable[tuple[Placed, Move]], page_size: int) -> Itera
     plain: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
     for sequence, move in moves:
         count = move.stop - move.start
-        src = move.variant.slots(move.offset, move.offset + count, page_size)
         at = np.arange(move.start, move.stop)
         dst = np.asarray(sequence.page_ids, np.int32)[at // page_size] * page_size + at % page_size
+        if not move.variant.page_ids:
+            yield _restored(move, dst)
+            continue
+        src = move.variant.slots(move.offset, move.offset + count, page_size)
         rows = (src, dst.astype(np.int32), np.full(count, move.shift, np.int32))
         if move.patch is None:
             plain.append(rows)
@@ -63,6 +67,23 @@ def batched_moves(moves: Iterable[tuple[Placed, Move]], page_size: int) -> Itera
         src, dst, shift = (np.concatenate(column) for column in zip(*plain, strict=True))
         for part, size in pieces(len(src)):
             yield PackedMove(MoveShape(size), _padded(src[part], dst[part], shift[part], size))
+
+
+def _restored(move: Move, dst: np.ndarray) -> PackedMove:
+    """KV of tokens whose hidden states are kept."""
+    count = move.stop - move.start
+    hidden = move.variant.arrays[HIDDEN][:, move.offset : move.offset + count]
+    shape = RestoreShape(rung(count), hidden.shape[2], str(hidden.dtype))
+    rest = (0, shape.tokens - count)
+    positions = move.variant.base + move.offset + move.shift + np.arange(count)
+    return PackedMove(
+        shape,
+        (
+            np.pad(hidden, ((0, 0), rest, (0, 0))),
+            np.pad(dst.astype(np.int32), rest, constant_values=-1),
+            np.pad(positions.astype(np.int32), rest),
+        ),
+    )
 
 
 def _padded(src: np.ndarray, dst: np.ndarray, shift: np.ndarray, size: int) -> tuple[Any, ...]:
@@ -175,6 +196,7 @@ def stage_prompt(
         thresholds=np.asarray(thresholds, np.float32),
         floors=np.asarray(floors, np.float32),
         hidden=None if stored is None else np.pad(stored, ((0, size - len(stored)), (0, 0))),
+        weights=np.zeros(size, np.float32),
     )
     return shape, batch
 
@@ -215,6 +237,7 @@ def empty_batch(shape: StagedShape, pages_per_seq: int) -> StagedBatch:
         thresholds=np.zeros(len(stages), np.float32),
         floors=np.zeros(len(stages), np.float32),
         hidden=np.zeros((size, shape.hidden_size), np.float32) if shape.hidden_size else None,
+        weights=np.zeros(size, np.float32),
     )
 
 

@@ -51,6 +51,7 @@ class TopK:
     layers: Literal["last", "sum"] = "last"  # "sum": added up over the layers of the stage before
     # (size, least): windows of `size` tokens that hold `least` of the k, whole, and nothing else
     window: tuple[int, int] | None = None
+    keeps: str | None = None  # another score of the same layer, which decoding goes on with
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

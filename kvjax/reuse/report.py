@@ -43,6 +43,7 @@ class ReuseReport:
     copied_tokens: int = 0  # whose KV was moved into the request's own slots
     run_layer_tokens: int = 0  # layers times rows that were run, stages and probes included
     kept_layer_tokens: int = 0  # layers times rows that were run afterwards, for what was stored
+    repaired_tokens: int = 0  # run again between decode steps, by now
     estimated_loss: float | None = None  # mean KL to full prefill that the model's gate measured
 
     @property

@@ -54,6 +54,7 @@ class Layer:
     chunks: Int[Array, "chunks 2"]  # spans of the hits, (0, 0) is padding
     old: tuple[Array, Array | None]  # stored KV of the rows, [rows, kv_heads, width]
     new: tuple[Array, Array | None]
+    weights: Array | None = None  # f32[candidates], from an earlier stage or step
 
     def to_candidates(self, rows: Float[Array, " rows"]) -> Float[Array, " candidates"]:
         """One number per row as one per candidate, zero for the others."""
@@ -140,12 +141,23 @@ def question_chunk_attention(layer: Layer) -> Array:
     return mean @ share
 
 
-def attention_value_deviation(layer: Layer) -> Array:
-    """Attention that a key gets from all rows, times the L1 distance of new and stored values (of
-    keys for latent KV): KVShare, arXiv 2503.16525 v2."""
+def value_distance(layer: Layer) -> Array:
+    """L1 distance of new and stored values (of keys for latent KV)."""
     old, new = (kv[0] if kv[1] is None else kv[1] for kv in (layer.old, layer.new))
     distance = jnp.abs(new.astype(jnp.float32) - old.astype(jnp.float32)).sum(axis=(1, 2))
-    return layer.columns(layer.ids >= 0) * layer.to_candidates(distance)
+    return layer.to_candidates(distance)
+
+
+def attention_value_deviation(layer: Layer) -> Array:
+    """Attention that a key gets from all rows, times the L1 distance of its values: KVShare, arXiv
+    2503.16525 v2."""
+    return layer.columns(layer.ids >= 0) * value_distance(layer)
+
+
+def observed_value_distance(layer: Layer) -> Array:
+    """Attention that a key gets from the question, times the weights that the batch brings."""
+    assert layer.weights is not None
+    return layer.columns(_observing(layer)) * layer.weights
 
 
 def deviation_or_influence(
@@ -174,6 +186,8 @@ SCORES: dict[str, Callable[..., Array]] = {
     "value_deviation": value_deviation,
     "kv_deviation": kv_deviation,
     "attention_value_deviation": attention_value_deviation,
+    "value_distance": value_distance,
+    "observed_value_distance": observed_value_distance,
     "value_angle": value_angle,
     "deviation_or_influence": deviation_or_influence,
     "question_attention": question_attention,

@@ -1,13 +1,16 @@
 """What a reuse strategy is: hooks, each optional, over one prompt and what is stored of it.
 
     enrich      behind which context a chunk's KV is computed, ahead of time
+    related     ... and where that is other documents of a corpus, which
     wanted      ... and at the latest when a prompt misses it
     annotate    what is worked out once from stored KV, and kept with it
+    refusal     why a model gains nothing by it
     look_up     which stored variant serves a chunk of this prompt
     rotates     whether keys are turned to their new positions (every sane strategy does)
     patch       what is added to stored KV on its way, instead of running tokens
     select      which tokens are run again, in which layers
     observe     what is kept of a prompt that was computed
+    arrange     in which order the prompts of a batch are queued
 
 Strategies are frozen values and hold no state of a request: what they learn goes into the chunk
 store, under the tenant's salt.
@@ -20,6 +23,7 @@ from typing import Any, ClassVar, NamedTuple, Protocol
 import numpy as np
 
 from kvjax.cache.chunks import Variant, tokens_hash
+from kvjax.models.tokenizers import Tokenizer
 from kvjax.reuse.plan import Spans, StagedPlan
 
 Tokens = tuple[int, ...]
@@ -35,8 +39,17 @@ class ModelFacts(NamedTuple):
     num_layers: int
     hidden_size: int
     kv_token_bytes: int  # over all layers
-    hidden_token_bytes: int  # hidden states of one token entering every layer, float32 halved
+    hidden_token_bytes: int  # hidden states of one token entering every layer, as they are kept
     tag: str = ""  # tells its stored KV from that of other models
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Document:
+    """One of the texts that are encoded ahead of any prompt."""
+
+    tokens: Tokens
+    text: str
+    parents: tuple[int, ...] | None = None  # numbers of those it refers to; None: nobody said
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -210,6 +223,16 @@ class Strategy:
     approximate: ClassVar[bool] = False  # whether a model has to pass the quality gate for it
     query_aware: ClassVar[bool] = False  # whether the text behind a chunk changes its KV
     rotates: ClassVar[bool] = True
+    keeps_hidden: ClassVar[bool] = False  # of its variants hidden states are kept, not pages
+    repair: int = 0  # reused rows that are run again between two decode steps
+
+    def check_tokenizer(self, tokenizer: Tokenizer) -> None:
+        """Called with the model's, before any work. Raises `ReuseRefused` if it cannot read its
+        token ids."""
+
+    def refusal(self, facts: ModelFacts) -> str | None:
+        """Why a model gains nothing by it; None if it may."""
+        return None
 
     @property
     def patch_shapes(self) -> tuple[tuple[tuple[int, ...], str], ...]:
@@ -219,6 +242,11 @@ class Strategy:
     def enrich(self, tokens: Tokens, corpus: Sequence[Tokens]) -> Tokens:
         """Context behind which a chunk of a corpus is computed ahead of time; () is canonical."""
         return ()
+
+    def related(self, corpus: Sequence[Document]) -> Sequence[tuple[int, ...]] | None:
+        """For each document the numbers of those it is computed behind, in their order; None: what
+        `enrich` says of each."""
+        return None
 
     def wanted(self, prompt: Prompt, number: int, found: Found) -> Tokens | None:
         """Context of the variant to compute now for a chunk of `prompt`; None: go without."""
@@ -243,6 +271,10 @@ class Strategy:
 
     def observe(self, observed: Observed, bench: Workbench) -> None:
         """Called once a prompt with chunks is computed, before its pages go."""
+
+    def arrange(self, prompts: Sequence[Prompt]) -> Sequence[int]:
+        """The order in which prompts of one batch are queued: every number once."""
+        return range(len(prompts))
 
     @property
     def spec(self) -> str:
@@ -271,9 +303,39 @@ class CanonicalChunks(Strategy):
         return found.variants(prompt.salt, prompt.segments[number].chunk).get(context_hash(()))
 
 
+class Context(NamedTuple):
+    """What a document is encoded behind, and of which chunks it consists, if of chunks."""
+
+    tokens: Tokens
+    chunks: tuple[str, ...] = ()
+
+
+def contexts(
+    strategy: Strategy, documents: Sequence[Document], corpus: Sequence[Document]
+) -> list[Context]:
+    """The context of each document: those it is related to, or what `enrich` finds in `corpus`."""
+    related = strategy.related(documents)
+    tokens = [document.tokens for document in documents]
+    if related is None:
+        among = [document.tokens for document in corpus]
+        return [Context(tuple(strategy.enrich(mine, among))) for mine in tokens]
+    return [
+        Context(
+            tuple(token for number in numbers for token in tokens[number]),
+            tuple(tokens_hash(tokens[number]) for number in numbers),
+        )
+        for numbers in related
+    ]
+
+
 def context_hash(context: Tokens) -> str:
     """How a variant's context is named in its key; "" for none."""
     return tokens_hash(context) if context else ""
+
+
+def variant_name(strategy: Strategy, context: Tokens) -> str:
+    """The last part of the key of the variant that `strategy` keeps behind `context`."""
+    return context_hash(context) + ("/hidden" if strategy.keeps_hidden else "")
 
 
 def ratio_of(name: str, value: object) -> float:

@@ -27,7 +27,13 @@ FULL_RECOMPUTE = (
     "cachecraft:ratio=1",
     "kvcomm:gamma=0",
 )
-PARTIAL = ("naive", "epic:k=4", "random:ratio=0.3", "cacheblend:check_layer=0,ratio=0.3")
+PARTIAL = (
+    "naive",
+    "epic:k=4",
+    "random:ratio=0.3",
+    "cacheblend:check_layer=0,ratio=0.3",
+    "tablecache",
+)
 
 
 @pytest.fixture(scope="module")
