@@ -77,7 +77,7 @@ def test_targets_take_turns_with_the_same_prompts_and_never_overlap(tmp_path):
 def test_a_first_token_time_that_is_not_reported_is_measured_by_a_second_call(tmp_path):
     target = fake("a", per_prompt_token=0.005, per_step=0.02, first_token=False)
     run = measure(tmp_path, [target], plan(["decode_b1"], rounds=2))
-    assert max(values(run, "a", "decode_b1_tps")) == pytest.approx(50, rel=0.1)
+    assert max(values(run, "a", "decode_b1_tps")) == pytest.approx(50, rel=0.25)
 
 
 def test_unequal_work_becomes_an_error_row_and_no_number(tmp_path):

@@ -100,7 +100,7 @@ def test_the_variant_whose_context_the_prompt_has_serves_and_else_the_table_alon
         return variant.base
 
     seen = []
-    chunks, assembled = llm.chunks, llm.engine.chunks.prompt
+    chunks, assembled = llm.engine.chunks, llm.engine.chunks.prompt
 
     def prompt(*arguments):
         seen[:] = [assembled(*arguments)]
