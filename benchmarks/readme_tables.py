@@ -7,10 +7,13 @@ figure the newest counts (their names have the time). A test fails when README a
 import argparse
 import json
 import re
+import statistics
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+from kvjax.benchmarks import reuse_methods, reuse_results, reuse_table
 
 FOLDER = Path(__file__).resolve().parent / "results"
 _TARGETS = {  # in the results -> in the tables
@@ -90,11 +93,53 @@ def kernel_table(folder: Path) -> str:
     return "\n".join(lines) + "\n"
 
 
+def reuse_quality(folder: Path) -> str:
+    """Recovery and kept answers of every method, corpus beside corpus."""
+    results = reuse_results.read(max(folder.glob("reuse-*.jsonl")))
+    names = results.corpora
+    heads = [f"{name}: {what}" for name in names for what in ("recovery (%)", "answers kept (%)")]
+    lines = [_line("", "layer-tokens run (%)", *heads), _rule("---:", 1 + len(heads))]
+    for spec in reuse_methods.check(results.methods(names[0])):
+        if not all(results.of(name, spec) for name in names):
+            continue
+        share = [r.computed_share for name in names for r in results.of(name, spec).values()]
+        cells = []
+        for name in names:
+            kept = 100 * reuse_table.solved_again(results, name, spec).value
+            cells += [reuse_table.recovery(results, name, spec).text(0, 100), f"{kept:.0f}"]
+        run = f"{100 * statistics.mean(share):.0f}"
+        lines.append(_line(reuse_methods.title(spec), run, *cells))
+    return "\n".join(lines) + "\n"
+
+
+def reuse_speed(folder: Path) -> str:
+    """First tokens of a long prompt over stored chunks."""
+    *_, run = _runs(folder, "reuse-speed")
+    heads = (
+        "full (ms)",
+        "reused (ms)",
+        "speed-up",
+        "range",
+        "layer-tokens run (%)",
+        "of 1 / share",
+    )
+    lines = [_line("", *heads), _rule("---:", len(heads))]
+    for spec, row in run["long_prompt"].items():
+        full, reused = (1000 * statistics.median(row[key]) for key in ("full_s", "reused_s"))
+        spread = f"{row['speed_up_min']:.1f} to {row['speed_up_max']:.1f}"
+        share, ceiling = f"{100 * row['share_run']:.1f}", f"{100 * row['of_ceiling']:.0f} %"
+        cells = (f"{full:,.0f}", f"{reused:,.0f}", f"{row['speed_up']:.1f}", spread, share, ceiling)
+        lines.append(_line(f"`{spec}`", *cells))
+    return "\n".join(lines) + "\n"
+
+
 TABLES: dict[str, Callable[[Path], str]] = {
     "engine-bfloat16": engine_table("bfloat16"),
     "engine-float32": engine_table("float32"),
     "engine-int8": engine_table("int8"),
     "kernels": kernel_table,
+    "reuse-quality": reuse_quality,
+    "reuse-speed": reuse_speed,
 }
 
 
