@@ -296,9 +296,12 @@ class ChunkLibrary:
             with self._engine.scheduler.lease(count) as lease:
                 variant.page_ids = list(lease.pages)
                 self._engine.load(spans, variant.slots(0, variant.num_tokens, size))
-                return store.put(variant)
+                if not store.put(variant):
+                    return False
         except OutOfPages:
             return False
+        self._engine.chunks.patches.attach(variant)  # which bounds those that it brings
+        return True
 
     def _identity(self) -> dict[str, Any]:
         if self._about is None:
