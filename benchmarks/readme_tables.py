@@ -100,11 +100,16 @@ def reuse_quality(folder: Path) -> str:
     heads = [f"{name}: {what}" for name in names for what in ("recovery (%)", "answers kept (%)")]
     lines = [_line("", "layer-tokens run (%)", *heads), _rule("---:", 1 + len(heads))]
     for spec in reuse_methods.check(results.methods(names[0])):
-        if not all(results.of(name, spec) for name in names):
+        # a method that was not measured on every item of a corpus has no number there
+        whole = [n for n in names if len(results.of(n, spec)) == len(results.of(n, "full"))]
+        if not whole:
             continue
-        share = [r.computed_share for name in names for r in results.of(name, spec).values()]
+        share = [r.computed_share for name in whole for r in results.of(name, spec).values()]
         cells = []
         for name in names:
+            if name not in whole:
+                cells += ["", ""]
+                continue
             kept = 100 * reuse_table.solved_again(results, name, spec).value
             cells += [reuse_table.recovery(results, name, spec).text(0, 100), f"{kept:.0f}"]
         run = f"{100 * statistics.mean(share):.0f}"

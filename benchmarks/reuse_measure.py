@@ -51,6 +51,7 @@ class EngineInstrument:
         self._tokenizer = llm.get_tokenizer()
         self._reference: tuple[Item, _Reference] | None = None
         self._passages: list[Passage] = []  # of the corpus
+        self._forgets = True  # whether an item's chunks go when it is done
 
     def about(self) -> Mapping[str, Any]:
         """Model, types, device, versions."""
@@ -78,9 +79,11 @@ class EngineInstrument:
         self._reference = None
         passages = {p.id: p for item in corpus.items for p in item.passages}
         self._passages = list(passages.values())
-        for method in methods:
-            if method.partition(":")[0] in STRATEGIES and observes(strategy := parse(method)):
-                self._learn(corpus, strategy)
+        strategies = [parse(m) for m in methods if m.partition(":")[0] in STRATEGIES]
+        learners = [strategy for strategy in strategies if observes(strategy)]
+        self._forgets = not learners
+        for strategy in learners:
+            self._learn(corpus, strategy)
 
     def _learn(self, corpus: Corpus, strategy: Strategy) -> None:
         params = SamplingParams(reuse=strategy, extra_args={"learn": True})
@@ -178,6 +181,8 @@ class EngineInstrument:
 
     def _reference_of(self, item: Item) -> _Reference:
         if self._reference is None or self._reference[0] != item:
+            if self._forgets:  # else a store full of earlier items lets nothing in
+                self._llm.engine.chunks.forget()
             with self._open(item, "full", SamplingParams(reuse=PrefixOnly())) as branch:
                 ids, kv = branch.token_ids, branch.kv()
                 answer, _ = self._answer(branch)
