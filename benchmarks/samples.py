@@ -38,7 +38,10 @@ def command(run: Run) -> str:
     """Which command wrote a result; the oldest files are known by what is in them."""
     if "command" in run:
         return str(run["command"])
-    for name, key in (("overhead", "results"), ("http", "first_token"), ("kernels", "ceilings")):
+    for name, key in (
+        ("overhead", "results"), ("http", "first_token"), ("kernels", "ceilings"),
+        ("reuse-speed", "long_prompt"),
+    ):  # fmt: skip
         if key in run:
             return name
     return "engine" if "rows" in run else ""
@@ -85,6 +88,11 @@ def _http(run: Run) -> Iterator[_Row]:
     rounds = run["throughput"]["rounds"]
     yield "throughput direct", [direct for direct, _ in rounds], "tokens/s", True
     yield "throughput http", [http for _, http in rounds], "tokens/s", True
+
+
+def _reuse_speed(run: Run) -> Iterator[_Row]:
+    for spec, row in run["long_prompt"].items():
+        yield f"{spec} first token", row["reused_s"], "s", False
 
 
 def _serve(run: Run) -> Iterator[_Row]:
@@ -150,6 +158,7 @@ READERS: dict[str, Callable[[Run], Iterator[_Row]]] = {
     "kernels": _kernels,
     "overhead": _overhead,
     "http": _http,
+    "reuse-speed": _reuse_speed,
     "serve": _serve,
     "latency": _latency,
     "throughput": _throughput,
