@@ -32,14 +32,14 @@ from kvjax.models import Transformer
 from kvjax.models.tag import model_tag
 from kvjax.observing import Device
 from kvjax.pallas_kernels import cascade_refusal
-from kvjax.readout import LayerKV, row_arguments
+from kvjax.readout import LayerKV
 from kvjax.recovery import Suspects, first_line
 from kvjax.request import FinishReason, PositionLogprobs
 from kvjax.reuse import parse
-from kvjax.reuse.entering import EnteringShape
 from kvjax.reuse.pack import stage_rows
 from kvjax.reuse.repair import Repair, repair_after
 from kvjax.reuse.report import Fate, staged_report
+from kvjax.reuse.restore import hidden_dtype
 from kvjax.reuse.warming import reuse_programs
 from kvjax.runner import Dispatched, Runner
 from kvjax.schedule import Scheduler
@@ -174,16 +174,15 @@ class Engine:
 
         Runs the layers below it over the sequence's KV, which stays as it is.
         """
-        pages_per_seq = -(-self.limits.max_model_len // self.spec.page_size)
-        rows, arguments = row_arguments(
-            sequence.tokens[start:stop], start, sequence.page_ids, pages_per_seq
-        )
+        tokens = sequence.tokens[start:stop]
         with self._consuming_pages():
-            return self.runner.beside(EnteringShape(rows, layer), *arguments)[: stop - start]
+            return self.runner.hidden(tokens, start, sequence.page_ids, (layer,), "float32")[0]
 
     def _hidden(self, tokens: list[int], first: int, page_ids: list[int]) -> np.ndarray:
+        """What enters every layer, as it is kept."""
+        layers, dtype = tuple(range(self.runner.config.num_layers)), hidden_dtype(self.spec)
         with self._consuming_pages():
-            return self.runner.hidden(tokens, first, page_ids)
+            return self.runner.hidden(tokens, first, page_ids, layers, dtype)
 
     def read(self, sequence: Sequence) -> tuple[LayerKV, ...]:
         """KV of a parked sequence's tokens, by layer: as stored, in float32."""

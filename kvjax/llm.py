@@ -22,7 +22,7 @@ from kvjax.models.tokenizers import Tokenizer
 from kvjax.progress import progress_bar
 from kvjax.request import RequestOutput, SamplingParams
 from kvjax.reuse import parse
-from kvjax.reuse.entering import entering_name
+from kvjax.reuse.restore import entering_name
 from kvjax.sequence import Request, Sequence
 from kvjax.stream import Job, Result, run_stream
 

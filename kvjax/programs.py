@@ -13,7 +13,6 @@ import numpy as np
 from kvjax.cache.pages import KVSpec
 from kvjax.readout import ScoreShape, run_rows
 from kvjax.reuse.attended import AttendedShape, attended, empty_attended
-from kvjax.reuse.entering import EnteringShape, entering
 from kvjax.reuse.forward import StagedShape, run_staged
 from kvjax.reuse.move import move_chunks
 from kvjax.reuse.pack import MoveShape, empty_batch, empty_move
@@ -29,7 +28,6 @@ SideKey = (
     | ExportShape
     | ImportShape
     | AttendedShape
-    | EnteringShape
     | CaptureShape
     | RestoreShape
 )
@@ -68,13 +66,9 @@ def side_program(key: SideKey, spec: KVSpec, num_layers: int, pages_per_seq: int
     def sums(model, pages, *arrays):
         return attended(model, pages, spec, *arrays)
 
-    def enter(model, pages, *arrays):
-        assert isinstance(key, EnteringShape)
-        return entering(model, pages, spec, key.layer, *arrays)
-
     def captured(model, pages, *arrays):
         assert isinstance(key, CaptureShape)
-        return capture(model, pages, spec, key.dtype, *arrays)
+        return capture(model, pages, spec, key.layers, key.dtype, *arrays)
 
     match key:
         case MoveShape():
@@ -93,10 +87,8 @@ def side_program(key: SideKey, spec: KVSpec, num_layers: int, pages_per_seq: int
         case RestoreShape():
             hidden = np.zeros((num_layers, key.tokens, key.hidden_size), jnp.dtype(key.dtype))
             return SideProgram(restore, (hidden, *(np.zeros(key.tokens, np.int32),) * 2), True)
-        case ScoreShape() | EnteringShape() | CaptureShape():
+        case ScoreShape() | CaptureShape():
             table, number = np.zeros((1, pages_per_seq), np.int32), np.zeros((), np.int32)
             arguments = (np.zeros(key.rows, np.int32), number, number, table)
-            run: Callable[..., Any] = score
-            if not isinstance(key, ScoreShape):
-                run = enter if isinstance(key, EnteringShape) else captured
+            run = score if isinstance(key, ScoreShape) else captured
             return SideProgram(run, arguments, True)

@@ -38,7 +38,7 @@ from kvjax.reuse.forward import StagedShape
 from kvjax.reuse.pack import batched_moves, stage_prompt
 from kvjax.reuse.read import read_pieces
 from kvjax.reuse.repair import stage_repair
-from kvjax.reuse.restore import CaptureShape, hidden_dtype
+from kvjax.reuse.restore import CaptureShape
 from kvjax.reuse.warming import smallest_holding
 from kvjax.sequence import Sequence
 from kvjax.step import Bucket, StepBatch, StepLayout, ints, step
@@ -264,10 +264,13 @@ class Runner:
         self.pages, result = self._program(key)(self._weights, self.pages, *arguments)
         return np.asarray(result)
 
-    def hidden(self, tokens: list[int], first: int, page_ids: list[int]) -> np.ndarray:
-        """What enters each layer, [layers, tokens, hidden], of tokens whose KV is in `page_ids`."""
+    def hidden(
+        self, tokens: list[int], first: int, page_ids: list[int], layers: tuple[int, ...],
+        dtype: str,
+    ) -> np.ndarray:  # fmt: skip
+        """What enters `layers`, [layers, tokens, hidden], of tokens whose KV is in `page_ids`."""
         rows, arguments = row_arguments(tokens, first, page_ids, self._pages_per_seq)
-        hidden = self.beside(CaptureShape(rows, hidden_dtype(self.spec)), *arguments)
+        hidden = self.beside(CaptureShape(rows, layers, dtype), *arguments)
         return hidden[:, : len(tokens)]
 
     def _prepare(self, plan: StepPlan) -> None:
@@ -450,10 +453,6 @@ def _cascade_rule(config: ModelConfig, spec: KVSpec) -> CascadeRule | None:
     v_width = config.latent.kv_lora_rank if config.latent else group.v_width
     state = 4 * config.num_heads * (v_width + 1)
     return CascadeRule(spec.page_size, spec.layer_bytes(group), state)
-
-
-def _lower_bounds(hi: np.ndarray, window: int | None) -> Any:
-    return np.zeros_like(hi) if window is None else np.maximum(0, hi - window)
 
 
 def _rows(portion: Portion, first: int) -> list[tuple[int, RowOwner]]:

@@ -19,8 +19,8 @@ from collections.abc import Sequence
 from typing import ClassVar
 
 from kvjax.cache.chunks import Variant
-from kvjax.reuse.entering import entering_name
 from kvjax.reuse.plan import Spans, Stage, StagedPlan, TopK, rest_of
+from kvjax.reuse.restore import entering_name
 from kvjax.reuse.strategy import CanonicalChunks, Found, Hit, Prompt, Tokens, count_of, ratio_of
 
 

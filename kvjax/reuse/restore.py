@@ -20,13 +20,14 @@ HIDDEN = "hidden"  # of `Variant.arrays`: [layers, tokens, hidden], what enters 
 
 @dataclasses.dataclass(frozen=True)
 class CaptureShape:
-    """Rows of one capturing program, the padded ones included."""
+    """One capturing program: its rows, the padded ones included, and which layers' input."""
 
     rows: int
+    layers: tuple[int, ...]  # ascending
     dtype: str
 
     def __str__(self) -> str:
-        return f"capture{self.rows}"
+        return f"capture{self.rows}:{self.layers[0]}-{self.layers[-1]}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +42,11 @@ class RestoreShape:
         return f"restore{self.tokens}"
 
 
+def entering_name(layer: int) -> str:
+    """Under which `Variant.arrays` hold what enters one layer: `[tokens, hidden]`."""
+    return f"entering:{layer}"
+
+
 def hidden_dtype(spec: KVSpec) -> str:
     """What hidden states are kept as: float32 beside float32 KV, else bfloat16."""
     return "float32" if all(g.dtype == "float32" for g in spec.groups) else "bfloat16"
@@ -50,19 +56,22 @@ def capture(
     model: Transformer,
     pages: KVPages,
     spec: KVSpec,
+    layers: tuple[int, ...],
     dtype: str,
     tokens: Int[Array, " rows"],
     first: Int[Array, ""],
     count: Int[Array, ""],
     block_table: Int[Array, "1 pages"],
 ) -> tuple[KVPages, Float[Array, "layers rows hidden"]]:
-    """What enters each layer at `count` tokens of one sequence, from index `first` on, whose KV is
-    in its pages. Writes nothing. Consumes `pages`."""
+    """What enters each of `layers` (ascending) at `count` tokens of one sequence, from index
+    `first` on, whose KV is in its pages. Runs the layers below the last of them, and writes
+    nothing. Consumes `pages`."""
     index, starts, views = row_views(spec, tokens.shape[0], first, count, block_table, write=False)
-    layers = model.config.num_layers
-    hidden = model.embed(tokens)
-    hidden, pages, kept = model.layers(hidden, pages, index, starts, views, collect=range(layers))
-    return pages, jnp.stack([entering.astype(dtype) for entering in kept])
+    *below, last = layers
+    hidden, pages, kept = model.layers(
+        model.embed(tokens), pages, index, starts, views, l1=last, collect=below
+    )
+    return pages, jnp.stack([entering.astype(dtype) for entering in (*kept, hidden)])
 
 
 def restore(
