@@ -11,8 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from kvjax.cache.pages import KVPages, KVSpec, KVView
+from kvjax.cache.pages import KVPages, KVSpec
 from kvjax.models import Transformer
+from kvjax.readout import padded, row_arguments, row_views
 from kvjax.reuse.scores import mass_of_rows
 
 
@@ -42,21 +43,7 @@ def attended(
 
     Rows from `count` on are padding, and zero. Consumes `pages`, and gives them back as they were.
     """
-    row = jnp.arange(tokens.shape[0], dtype=jnp.int32)
-    real = row < count
-    index = jnp.where(real, first + row, 0)
-    hi = jnp.where(real, index + 1, 0)
-    views = tuple(
-        KVView(
-            write_slots=jnp.full_like(index, -1),
-            visible_lo=jnp.maximum(0, hi - group.window) if group.window else jnp.zeros_like(hi),
-            visible_hi=hi,
-            block_tables=block_table,
-            kv_lens=(first + count)[None],
-        )
-        for group in spec.groups
-    )
-    starts = jnp.stack([jnp.zeros_like(count), count])
+    index, starts, views = row_views(spec, tokens.shape[0], first, count, block_table, write=False)
     hidden, sums = model.embed(tokens), []
     for layer in range(model.config.num_layers):
         view = views[spec.group_of[layer]]
@@ -74,18 +61,10 @@ def attended_arguments(
 ) -> tuple[AttendedShape, tuple[np.ndarray, ...]]:  # fmt: skip
     """The program for tokens `[start, stop)` of a prompt, and its arguments."""
     parts = len(edges) - 1
-    shape = AttendedShape(_padded(stop - start), _padded(parts))
-    ids, _, _, table, bounds = empty_attended(shape, pages_per_seq)
-    ids[: stop - start] = tokens[start:stop]
-    table[0, : len(page_ids)] = page_ids
-    bounds[0] = edges[-1]
+    rows, arguments = row_arguments(tokens[start:stop], start, page_ids, pages_per_seq)
+    bounds = np.full((1, padded(parts) + 1), edges[-1], np.int32)
     bounds[0, : parts + 1] = edges
-    return shape, (ids, np.array(start, np.int32), np.array(stop - start, np.int32), table, bounds)
-
-
-def _padded(count: int) -> int:
-    """The next power of two, 16 at least: few programs, for what is seldom run."""
-    return max(16, 1 << (count - 1).bit_length())
+    return AttendedShape(rows, padded(parts)), (*arguments, bounds)
 
 
 def empty_attended(shape: AttendedShape, pages_per_seq: int) -> tuple[np.ndarray, ...]:
