@@ -22,8 +22,9 @@ from typing import ClassVar, Literal, NamedTuple
 
 import numpy as np
 
-from kvjax.cache.chunks import Variant, tokens_hash
+from kvjax.cache.chunks import Variant
 from kvjax.errors import ReuseRefused
+from kvjax.reuse.pieces import pieces_before
 from kvjax.reuse.strategy import (
     KV,
     CanonicalChunks,
@@ -72,13 +73,11 @@ class Antecedents(NamedTuple):
 
 def antecedents(prompt: Prompt, number: int) -> Antecedents:
     """What a chunk of a prompt stands behind."""
-    before = prompt.segments[:number]
-    texts, at = [], 0
-    for segment in (*before, prompt.segments[number]):
-        start = segment.start
-        texts.append(tokens_hash(prompt.tokens[at:start]) if start > at else "")
-        at = segment.stop
-    return Antecedents(tuple(s.chunk for s in before), tuple(texts))
+    pieces = pieces_before(prompt, number)
+    return Antecedents(
+        tuple(piece.name for piece in pieces if piece.is_chunk),
+        tuple(piece.name for piece in pieces if not piece.is_chunk),
+    )
 
 
 @dataclasses.dataclass(frozen=True)
