@@ -23,7 +23,7 @@ from kvjax.llm import LLM
 from kvjax.observing import observes
 from kvjax.readout import LayerKV
 from kvjax.request import Chunk, SamplingParams
-from kvjax.reuse import STRATEGIES, PrefixOnly, Strategy, parse
+from kvjax.reuse import PrefixOnly, Strategy, parse
 from kvjax.reuse.controls import Oracle
 from kvjax.reuse.kamera import Kamera
 from kvjax.reuse.relaycaching import RelayCaching
@@ -79,8 +79,7 @@ class EngineInstrument:
         self._reference = None
         passages = {p.id: p for item in corpus.items for p in item.passages}
         self._passages = list(passages.values())
-        strategies = [parse(m) for m in methods if m.partition(":")[0] in STRATEGIES]
-        learners = [strategy for strategy in strategies if observes(strategy)]
+        learners = [s for s in map(self._strategy, methods) if observes(s)]
         self._forgets = not learners
         for strategy in learners:
             self._learn(corpus, strategy)
@@ -116,11 +115,7 @@ class EngineInstrument:
                     self._llm.relay(passage.source, params)
 
     def measure(self, item: Item, method: str) -> Reading:
-        """One reading.
-
-        Raises:
-          NotImplementedError: the method is in the table and not in `STRATEGIES`.
-        """
+        """One reading."""
         strategy, reference = self._strategy(method), self._reference_of(item)
         about: dict[str, Any] = {"learn": False}
         if isinstance(strategy, Oracle):
@@ -157,11 +152,7 @@ class EngineInstrument:
     # ---- one prompt -------------------------------------------------------------------------
 
     def _strategy(self, method: str) -> Strategy:
-        if method == "full":
-            return PrefixOnly()
-        if method.partition(":")[0] not in STRATEGIES:
-            raise NotImplementedError(f"{method.partition(':')[0]} is not built")
-        return parse(method)
+        return PrefixOnly() if method == "full" else parse(method)
 
     def _chunk(self, passage: Passage) -> Chunk:
         return Chunk(passage.text if passage.token_ids is None else passage.token_ids)

@@ -8,6 +8,7 @@ import pytest
 from kvjax import LLM, SamplingParams
 from kvjax.benchmarks.corpora import Corpus, Item, Passage
 from kvjax.benchmarks.reuse_measure import EngineInstrument, kv_deviation
+from kvjax.errors import UnknownStrategy
 from kvjax.readout import LayerKV
 from kvjax.request import Chunk
 from tests.tiny_model import CONFIG, tiny
@@ -90,8 +91,8 @@ def test_the_log_probability_of_the_gold_answer_is_the_prompts_own(llm, readings
     assert readings["full"].gold_logprob == pytest.approx(expected, abs=1e-4)
 
 
-def test_a_method_of_the_table_that_is_no_strategy_has_no_reading(llm):
-    with pytest.raises(NotImplementedError, match="block_mask is not built"):
+def test_a_method_that_is_no_strategy_has_no_reading(llm):
+    with pytest.raises(UnknownStrategy, match="no reuse strategy 'block_mask'"):
         EngineInstrument(llm, {}).measure(ITEM, "block_mask")
 
 
