@@ -37,7 +37,7 @@ from kvjax.recovery import Suspects, first_line
 from kvjax.request import FinishReason, PositionLogprobs
 from kvjax.reuse import parse
 from kvjax.reuse.pack import stage_rows
-from kvjax.reuse.repair import Repair, repair_after
+from kvjax.reuse.repair import repair_after
 from kvjax.reuse.report import Fate, staged_report
 from kvjax.reuse.restore import hidden_dtype
 from kvjax.reuse.warming import reuse_programs
@@ -232,7 +232,7 @@ class Engine:
                 touched |= self._commit(previous)
                 previous = None
             self.scheduler.only = self._suspects.under_test
-            plan = self._plan_repair() or self.scheduler.plan()
+            plan = self.scheduler.plan()
             if plan.sequences:
                 dispatching = plan
                 self._in_flight = self.runner.dispatch(plan)
@@ -250,19 +250,6 @@ class Engine:
         self._fail_refused()
         touched |= {id(r): r for r in self._take_failed()}
         return list(touched.values())
-
-    def _plan_repair(self) -> StepPlan | None:
-        """A step that runs reused rows again, if a sequence has decoded since its last one."""
-        for sequence in self.scheduler.running:
-            repair: Repair | None = sequence.repair
-            if repair is None or not self._suspects.none:
-                continue
-            computed, pool = sequence.num_computed, self.scheduler.pool
-            if repair.due(computed, sequence.num_prompt) and repair.plan(
-                computed, sequence.page_ids, pool.page_size, pool.ref_count
-            ):
-                return StepPlan((), (), (), staged=sequence, repairs=True)
-        return None
 
     def _may_overlap(self) -> bool:
         """Whether the next step can be planned before this one's tokens are known.
@@ -282,11 +269,9 @@ class Engine:
         now = self.clock()
         touched = {}
         ended, self._ended = self._ended, set()
-        sick = {o.sequence for row, o in enumerate(step.owners) if o.draws and not healthy[row]}
         for portion in step.plan.portions:
-            sequence = portion.sequence
-            if portion.start < sequence.num_prompt <= portion.stop and sequence not in sick:
-                self.chunks.observe(sequence)
+            if portion.ends_prompt and portion.sequence.assembly is not None:
+                self._observe(portion.sequence, step, healthy)
         for row, owner in enumerate(step.owners):
             sequence = owner.sequence
             if sequence.status is Status.FINISHED or sequence in ended:
@@ -313,6 +298,12 @@ class Engine:
                     self._finish(sequence, "length")
         self._suspects.passed(step.plan.portions)
         return touched
+
+    def _observe(self, sequence: Sequence, step: Dispatched, healthy: np.ndarray) -> None:
+        """Shows a prompt that this step has computed to its strategy, unless it came out sick."""
+        drawn = (row for row, o in enumerate(step.owners) if o.draws and o.sequence is sequence)
+        if all(healthy[row] for row in drawn):
+            self.chunks.observe(sequence)
 
     def _commit_staged(self, step: Dispatched) -> dict[int, Request]:
         """Notes which rows a staged prefill chose. Blocks until the device is done with it."""

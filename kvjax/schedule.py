@@ -118,6 +118,8 @@ class Scheduler:
 
     def plan(self) -> StepPlan:
         """The next step; empty if nothing can run now (results are due, or no pages are free)."""
+        if (repair := self._repair()) is not None:
+            return repair
         self._step_aside()
         step = Draft(self.limits.max_num_batched_tokens)
         staged_first, self._staged_due = self._staged_due, False
@@ -139,6 +141,17 @@ class Scheduler:
             tuple(step.portions), tuple(step.copies), tuple(step.loads), tuple(step.moves),
             step.staged,
         )  # fmt: skip
+
+    def _repair(self) -> StepPlan | None:
+        """A step that runs reused rows of one sequence again, if it has decoded since its last.
+        None while a culprit is looked for."""
+        for sequence in self.running if self.only is None else ():
+            repair, size = sequence.repair, self.pool.page_size
+            if repair is None or not repair.due(sequence.num_computed, sequence.num_prompt):
+                continue
+            if repair.plan(sequence.num_computed, sequence.page_ids, size, self.pool.ref_count):
+                return StepPlan((), (), (), staged=sequence, repairs=True)
+        return None
 
     def _step_aside(self) -> None:
         """Takes seats from those who must not run now, or from one less urgent than who waits."""
@@ -189,7 +202,7 @@ class Scheduler:
             if (limit is not None and due >= limit) or length >= self.limits.max_model_len:
                 return 0  # the last token is on its way
             known = 1 if sequence.num_pending and sequence.request.samples else 0
-        if not _scores_prompt(sequence):
+        if not sequence.scores_prompt:
             return min(known, step.budget)
         # A step that scores a prompt has a program of its own, with a logits row for every token.
         room = self.limits.max_scored_tokens - step.num_tokens
@@ -281,7 +294,7 @@ class Scheduler:
             skipped.append((a, b))
             stop = b
         last = stop >= len(sequence.tokens)
-        scores = _scores_prompt(sequence)
+        scores = sequence.scores_prompt
         samples = last and sequence.request.samples
         step.portions.append(Portion(sequence, start, stop, samples, scores, tuple(skipped)))
         step.starts[sequence] = start
@@ -346,7 +359,7 @@ class Scheduler:
         """Takes over the longest cached prefix, and what stored chunks serve behind it. The last
         token is always computed."""
         request = sequence.request
-        if _scores_prompt(sequence):
+        if sequence.scores_prompt:
             return False
         known = sequence.tokens[: len(sequence.tokens) - 1]
         match = None
@@ -401,7 +414,7 @@ class Scheduler:
         params, size = sequence.request.params, self.pool.page_size
         if self.tree is None or sequence.page_ids or params.skip_reading_prefix_cache:
             return False
-        if _scores_prompt(sequence) or sequence.request.chunk_spans:
+        if sequence.scores_prompt or sequence.request.chunk_spans:
             return False
         head = sequence.tokens[:size]
         for other in self.running:
@@ -483,14 +496,3 @@ class Scheduler:
         for sequence in (*self.running, *self.waiting):
             for page in sequence.page_ids:
                 assert self.pool.ref_count(page) > 0, page
-
-
-def _scores_prompt(sequence: Sequence) -> bool:
-    """Whether logits of prompt tokens are still wanted."""
-    request = sequence.request
-    return (
-        request.params.prompt_logprobs is not None
-        and sequence.is_first
-        and sequence.num_computed < sequence.num_prompt
-        and sequence.num_output == 0
-    )

@@ -175,6 +175,16 @@ class Sequence:
         return sum(b - max(a, self.num_computed) for a, b in self.reused if b > self.num_computed)
 
     @property
+    def scores_prompt(self) -> bool:
+        """Whether logits of prompt tokens are still wanted."""
+        return (
+            self.request.params.prompt_logprobs is not None
+            and self.is_first
+            and self.num_computed < self.num_prompt
+            and self.num_output == 0
+        )
+
+    @property
     def order(self) -> tuple[int, int, int]:
         """Smaller is served first and preempted last."""
         return (self.request.params.priority, self.request.arrival, self.branch)

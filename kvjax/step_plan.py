@@ -25,6 +25,11 @@ class Portion:
         return self.stop - self.start - sum(b - a for a, b in self.reused)
 
     @property
+    def ends_prompt(self) -> bool:
+        """Whether the last prompt token is in it."""
+        return self.start < self.sequence.num_prompt <= self.stop
+
+    @property
     def indices(self) -> np.ndarray:
         """Their indices in the sequence, i32, ascending."""
         indices = np.arange(self.start, self.stop, dtype=np.int32)
