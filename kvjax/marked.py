@@ -3,11 +3,13 @@
 import re
 import secrets
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from kvjax.models.chat import render_chat
 from kvjax.models.tokenizers import Tokenizer
 from kvjax.request import Chunk
+
+T = TypeVar("T")
 
 
 def is_marked(prompt: Any) -> bool:
@@ -41,17 +43,14 @@ def has_chunks(messages: Any) -> bool:
 def chat_parts(tokenizer: Tokenizer, messages: Sequence[Any]) -> list[str | Chunk]:
     """A conversation as the template writes it, ready for the answer, its chunks still marked.
 
-    The template sees a word of letters and digits in place of each chunk.
-
     Raises:
       ValueError: the template drops or repeats a chunk, or refuses the conversation.
     """
-    word, chunks = f"chunk{secrets.token_hex(16)}n", []
+    chunks: StandIns[Chunk] = StandIns()
 
     def text(part: Any) -> str:
         if _is_chunk(part):
-            chunks.append(part_of(part))
-            return f"{word}{len(chunks) - 1}e"
+            return chunks.put(part if isinstance(part, Chunk) else Chunk(part["chunk"]))
         if isinstance(part, Mapping) and part.get("type") == "text":
             part = part.get("text")
         if isinstance(part, str):
@@ -64,15 +63,38 @@ def chat_parts(tokenizer: Tokenizer, messages: Sequence[Any]) -> list[str | Chun
         else message
         for message in messages
     ]
-    found = re.split(f"{word}([0-9]+)e", render_chat(tokenizer, plain))
-    numbers = [int(number) for number in found[1::2]]
-    if sorted(numbers) != list(range(len(chunks))):
-        raise ValueError(
-            f"the chat template does not write each of {len(chunks)} chunks once, got {numbers}"
-        )
-    parts: list[str | Chunk] = list(found)
-    parts[1::2] = [chunks[number] for number in numbers]
-    return [part for part in parts if part != ""]
+    return chunks.cut(render_chat(tokenizer, plain))
+
+
+class StandIns(Generic[T]):
+    """Words that stand for chunks while a chat template is rendered: of letters and digits, which
+    templates leave as they are, and which nobody can guess."""
+
+    def __init__(self) -> None:
+        self._word = f"chunk{secrets.token_hex(16)}n"
+        self._chunks: list[T] = []
+
+    def put(self, chunk: T) -> str:
+        """The word that stands for a chunk."""
+        self._chunks.append(chunk)
+        return f"{self._word}{len(self._chunks) - 1}e"
+
+    def cut(self, text: str) -> list[str | T]:
+        """The rendered text with the chunks in their places.
+
+        Raises:
+          ValueError: the template drops, repeats or changes a word.
+        """
+        found = re.split(f"{self._word}([0-9]+)e", text)
+        numbers = [int(number) for number in found[1::2]]
+        if sorted(numbers) != list(range(len(self._chunks))):
+            raise ValueError(
+                f"the chat template does not write each of {len(self._chunks)} chunks once, "
+                f"got {numbers}"
+            )
+        parts: list[str | T] = list(found)
+        parts[1::2] = [self._chunks[number] for number in numbers]
+        return [part for part in parts if part != ""]
 
 
 def _is_chunk(part: Any) -> bool:

@@ -8,12 +8,13 @@ from typing import Any
 
 from starlette.requests import Request
 
+from kvjax.marked import StandIns
 from kvjax.models.chat import render_chat
 from kvjax.models.tokenizers import Tokenizer
 from kvjax.request import CompletionOutput, RequestOutput, SamplingParams, StructuredOutputs
 from kvjax.serving.generation import Generation, Job, event
 from kvjax.serving.logprobs import chat_logprobs, prompt_logprobs
-from kvjax.serving.marking import Part, Reader, StandIns
+from kvjax.serving.marking import Part, Reader
 from kvjax.serving.schemas import (
     ChatRequest,
     ChosenTool,
@@ -76,7 +77,7 @@ def conversation(
     taken = _TAKEN & set(variables or ())
     if taken:
         raise ValueError(f"chat_template_kwargs must not set {sorted(taken)}")
-    chunks = StandIns()
+    chunks: StandIns[ChunkPart] = StandIns()
     plain = [message.plain(chunks.put) for message in messages]
     text = render_chat(
         tokenizer, plain, add_generation_prompt=generate, tools=tools, **(variables or {})

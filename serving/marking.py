@@ -1,12 +1,9 @@
 """Prompts in which chunks are marked: from the parts of a body to token ids and spans.
 
-Every part is tokenised by itself, so that a chunk has the same tokens wherever it stands. A chat
-template gets a stand-in for each chunk, and its text is cut there.
+Every part is tokenised by itself, so that a chunk has the same tokens wherever it stands.
 """
 
 import dataclasses
-import re
-import secrets
 from collections.abc import Sequence as Seq
 
 from kvjax.cache.chunks import ChunkStore
@@ -92,33 +89,3 @@ def stored_tokens(store: ChunkStore, salt: str | None, chunk_id: str) -> list[in
 def no_chunk(chunk_id: str) -> APIError:
     """What is told who names a chunk that is not there, or another tenant's."""
     return APIError(404, f"there is no chunk {chunk_id!r}; put it again", code="chunk_not_found")
-
-
-class StandIns:
-    """Texts that stand for chunks while a chat template is rendered. Nobody can guess them."""
-
-    def __init__(self) -> None:
-        self._nonce = str(secrets.randbits(64))
-        self._parts: list[ChunkPart] = []
-
-    def put(self, part: ChunkPart) -> str:
-        """The text that stands for a chunk."""
-        self._parts.append(part)
-        return f"\ue000{self._nonce}:{len(self._parts) - 1}\ue001"
-
-    def cut(self, text: str) -> list[str | ChunkPart]:
-        """The rendered text with the chunks in their places.
-
-        Raises:
-          ValueError: the template has changed a stand-in.
-        """
-        pieces: list[str | ChunkPart] = []
-        found = re.split(f"\ue000{self._nonce}:(\\d+)\ue001", text)
-        for number, piece in enumerate(found):
-            if number % 2:
-                pieces.append(self._parts[int(piece)])
-            elif piece:
-                pieces.append(piece)
-        if any(self._nonce in piece for piece in found[::2]):
-            raise ValueError("the chat template rewrites what messages say: no chunk can be placed")
-        return pieces

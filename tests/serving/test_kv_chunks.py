@@ -9,10 +9,10 @@ import pytest
 
 from kvjax import Chunk, SamplingParams
 from kvjax.cache.chunks import tokens_hash
+from kvjax.marked import StandIns
 from kvjax.request import RequestOutput
 from kvjax.serving import replies
 from kvjax.serving.keys import ANYBODY, Tenant
-from kvjax.serving.marking import StandIns
 from kvjax.serving.put_chunks import PutChunks
 from kvjax.serving.schemas import ChunkPart
 from tests.serving.live_server import Client
@@ -235,9 +235,10 @@ def test_what_a_tenant_put_is_bounded_and_the_oldest_forgotten():
     assert sum(shelf.ids(ANYBODY, None).values()) <= 10
 
 
-def test_a_template_that_rewrites_messages_cannot_place_chunks():
-    chunks = StandIns()
+def test_a_template_that_changes_drops_or_repeats_a_chunk_cannot_place_it():
+    chunks: StandIns[ChunkPart] = StandIns()
     stand_in = chunks.put(ChunkPart(text="a"))
     assert chunks.cut(f"x{stand_in}y") == ["x", ChunkPart(text="a"), "y"]
-    with pytest.raises(ValueError, match="rewrites"):
-        chunks.cut(stand_in[1:])
+    for text, numbers in ((stand_in[1:], r"\[\]"), ("", r"\[\]"), (2 * stand_in, r"\[0, 0\]")):
+        with pytest.raises(ValueError, match=f"each of 1 chunks once, got {numbers}"):
+            chunks.cut(text)
