@@ -9,19 +9,17 @@ Two measurements, each interleaved round by round in one process:
 """
 
 import argparse
-import datetime
-import os
 import random
 import statistics
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from kvjax.benchmarks import manifest, prompts
-from kvjax.benchmarks.results import write_json
+from kvjax.benchmarks import engine_manifest, manifest, prompts
+from kvjax.benchmarks.results import VERSION, write_json
 
 METHODS = (
-    "naive", "epic:k=16", "random:ratio=0.15", "fusionrag:ratio=0.15",
+    "naive", "epic:k=16", "random:ratio=0.15", "fusionrag:ratio=0.15,neighbours=0",
     "cachetune:ratio=0.15", "kvshare:ratio=0.15", "cacheclip:ratio=0.15", "cacheblend:ratio=0.15",
 )  # fmt: skip
 Document = tuple[int, ...]
@@ -51,16 +49,18 @@ def run(args: argparse.Namespace) -> int:
         parse(spec)  # a wrong one is refused before anything is loaded
     if min(args.documents, args.document_tokens, args.rounds) < 1 or args.queries < 0:
         raise ValueError("--documents, --document-tokens, --rounds need 1; --queries 0 or more")
+    about = manifest.base("reuse-speed")
+    engine = _Engine(args)
     record: dict[str, Any] = {
-        "commit": manifest.commit(),
-        "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "machine": manifest.machine(),
-        "load_average_before": list(os.getloadavg()),
-        "settings": {k: v for k, v in vars(args).items() if k not in ("run", "out")},
+        "version": VERSION,
+        "command": "reuse-speed",
+        "status": "running",
+        "manifest": {**about, "engine": engine.about(), "seeds": {"documents": 0, "queries": 1}},
+        "documents": args.documents,
+        "document_tokens": args.document_tokens,
+        "rounds": args.rounds,
         "long_prompt": {},
     }
-    engine = _Engine(args)
-    record["jax"] = engine.jax_version
     for spec, row in _long_prompt(engine, args):
         record["long_prompt"][spec] = row
         write_json(args.out, record)
@@ -69,6 +69,8 @@ def run(args: argparse.Namespace) -> int:
         record["novel_queries"] = _novel_queries(engine, args)
         write_json(args.out, record)
         print(_sustained_line(record["novel_queries"]), flush=True)
+    record["status"] = "complete"
+    write_json(args.out, record)
     return 0
 
 
@@ -76,11 +78,8 @@ class _Engine:
     """One engine, and prompts over documents and questions cut from `prompts.text()`."""
 
     def __init__(self, args: argparse.Namespace) -> None:
-        import jax
-
         from kvjax import LLM
 
-        self.jax_version = jax.__version__
         self.llm = LLM(
             args.model, dtype=args.dtype, max_model_len=args.documents * args.document_tokens + 256,
             max_num_seqs=4, max_num_batched_tokens=512, force_reuse=True,
@@ -89,6 +88,10 @@ class _Engine:
         self._tokenizer = self.llm.get_tokenizer()
         self._ids = list(self._tokenizer.encode(prompts.text()))
         self._random = random.Random(0)
+
+    def about(self) -> dict[str, Any]:
+        """What the engine is, for the manifest."""
+        return engine_manifest.of_engine(self.llm.engine, self._tokenizer)
 
     def cut(self, tokens: int) -> list[int]:
         """So many consecutive ids from anywhere in the text."""

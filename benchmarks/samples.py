@@ -38,10 +38,7 @@ def command(run: Run) -> str:
     """Which command wrote a result; the oldest files are known by what is in them."""
     if "command" in run:
         return str(run["command"])
-    for name, key in (
-        ("overhead", "results"), ("http", "first_token"), ("kernels", "ceilings"),
-        ("reuse-speed", "long_prompt"),
-    ):  # fmt: skip
+    for name, key in (("overhead", "results"), ("http", "first_token"), ("kernels", "ceilings")):
         if key in run:
             return name
     return "engine" if "rows" in run else ""

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from kvjax.benchmarks.__main__ import main
+from tests.benchmarks.result_schema import complaints
 
 SMALL = [
     "--documents", "4", "--document-tokens", "48", "--rounds", "2", "--queries", "6",
@@ -18,6 +19,7 @@ def test_every_method_runs_what_it_says_and_the_store_keeps_to_its_size(tmp_path
     out = tmp_path / "speed.json"
     assert main(["reuse-speed", *SMALL, "--out", str(out)]) == 0
     record = json.loads(out.read_text())
+    assert complaints(record) == []
     naive, blend = record["long_prompt"].values()
     assert naive["share_run"] < blend["share_run"] < 1
     assert naive["copied_tokens"] == 4 * 48
