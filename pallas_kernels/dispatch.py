@@ -30,7 +30,11 @@ class Operation:
     def register(
         self, backend: str, fn: Callable[..., Any], *, platforms: tuple[str, ...] = ()
     ) -> None:
-        """Adds an implementation and puts it first on `platforms`; none means "by name only"."""
+        """Adds an implementation and puts it first on `platforms`; none means "by name only".
+
+        What jax has traced before keeps the backend it chose: register before the first engine is
+        made, or call `jax.clear_caches()`.
+        """
         self.implementations[backend] = fn
         for platform in platforms:
             rest = self.preferred.get(platform, self.preferred.get("*", ()))
