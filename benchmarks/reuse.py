@@ -129,22 +129,41 @@ def measure(
     with _progress(show, done, total) as tick:
         for corpus, wanted in plan:
             missing = [pair for pair in wanted if (corpus.name, *pair) not in readings]
-            if not missing:
-                continue
-            tick(f"{corpus.name}: stores", 0)
-            instrument.begin(corpus, list(dict.fromkeys(spec for _, spec in missing)))
-            items = {item.id: item for item in corpus.items}
-            for item_id, spec in missing:
-                what = f"{corpus.name}: {reuse_methods.title(spec)}"
-                tick(what, 0)
-                key = (corpus.name, item_id, spec)
-                try:
-                    reading = instrument.measure(items[item_id], spec)
-                except Exception as error:  # one method's failure is a row, not the end of the run
-                    file.fail(key, error)
-                else:
-                    file.add(key, reading)
-                tick(what, 1)
+            for pairs in _passes(instrument, missing):
+                tick(f"{corpus.name}: stores", 0)
+                instrument.begin(corpus, list(dict.fromkeys(spec for _, spec in pairs)))
+                _measure_pass(instrument, corpus, pairs, file, tick)
+
+
+def _measure_pass(
+    instrument: Instrument,
+    corpus: Corpus,
+    pairs: Sequence[tuple[str, str]],
+    file: ResultFile,
+    tick: Tick,
+) -> None:
+    items = {item.id: item for item in corpus.items}
+    for item_id, spec in pairs:
+        what = f"{corpus.name}: {reuse_methods.title(spec)}"
+        tick(what, 0)
+        key = (corpus.name, item_id, spec)
+        try:
+            reading = instrument.measure(items[item_id], spec)
+        except Exception as error:  # one method's failure is a row, not the end of the run
+            file.fail(key, error)
+        else:
+            file.add(key, reading)
+        tick(what, 1)
+
+
+def _passes(
+    instrument: Instrument, pairs: Sequence[tuple[str, str]]
+) -> list[list[tuple[str, str]]]:
+    """The pairs that one filling of the stores serves: every method that learns by itself."""
+    passes: dict[str, list[tuple[str, str]]] = {}
+    for item_id, spec in pairs:
+        passes.setdefault(spec if instrument.learns(spec) else "", []).append((item_id, spec))
+    return list(passes.values())
 
 
 def _wanted(corpus: Corpus, specs: Sequence[str], count: int | None) -> list[tuple[str, str]]:

@@ -71,6 +71,10 @@ class EngineInstrument:
             made.append(Generation(completion.text, ids))
         return made
 
+    def learns(self, method: str) -> bool:
+        """Whether a method keeps what it saw of prompts."""
+        return observes(self._strategy(method))
+
     def begin(self, corpus: Corpus, methods: Sequence[str]) -> None:
         """Empties the stores; strategies that learn from prompts see the warm-up items, and learn
         nothing afterwards."""

@@ -107,10 +107,14 @@ class Instrument(Protocol):
         """Greedy continuations, ended by the model's end token."""
         ...
 
+    def learns(self, method: str) -> bool:
+        """Whether a method learns from prompts it has seen. It gets a pass over a corpus to itself:
+        others would fill the store that it keeps what it learned in."""
+        ...
+
     def begin(self, corpus: Corpus, methods: Sequence[str]) -> None:
-        """Called before a corpus' first measurement, also of a resumed run: fill stores from the
-        passages, warm up with `corpus.warm_up`. Nothing may be learned from `corpus.items` but
-        their passages."""
+        """Called before a pass over a corpus, also of a resumed run: empty the stores, warm up
+        with `corpus.warm_up`. Nothing may be learned from `corpus.items` but their passages."""
         ...
 
     def measure(self, item: Item, method: str) -> Reading:

@@ -10,7 +10,8 @@ from kvjax.benchmarks.corpora import Generation
 from tests.benchmarks.readings import reading
 
 KNOWN = {"full": 0.0, "naive": 1.0, "naive_no_rotation": 2.0, "random:ratio=0.15": 0.9,
-         "epic:k=16": 0.5, "cacheblend:ratio=0.15": 0.25}  # fmt: skip
+         "epic:k=16": 0.5, "cacheblend:ratio=0.15": 0.25, "kvcomm:anchors=20": 0.8,
+         "cachecraft:ratio=0.15": 0.4}  # fmt: skip
 
 
 class Instrument:
@@ -26,6 +27,9 @@ class Instrument:
     def generate(self, prompts, max_tokens):
         self.prompts += prompts
         return [Generation(f"{p[-9:]} {len(p)}", (len(p), max_tokens)) for p in prompts]
+
+    def learns(self, method):
+        return method.startswith(("kvcomm", "cachecraft"))
 
     def begin(self, corpus, methods):
         self.begun.append((corpus.name, tuple(methods)))
@@ -124,6 +128,16 @@ def test_messages_are_generated_once_and_kept_over_an_interruption(path):
     run(path, second, *words, "--resume")
     assert len(set(first.prompts)) == len(first.prompts) > 0
     assert second.prompts == []
+
+
+def test_a_method_that_learns_has_a_pass_over_a_corpus_to_itself(path):
+    instrument = Instrument()
+    methods = ("full", "naive", "kvcomm:anchors=20", "cachecraft:ratio=0.15")
+    run(path, instrument, "--items", "2", "--corpora", "agents", "--methods", *methods)
+    assert sorted(instrument.begun) == sorted(
+        ("agents", some) for some in (methods[:2], methods[2:3], methods[3:])
+    )
+    assert len(instrument.asked) == 2 * len(methods)
 
 
 def test_another_model_cannot_continue_a_run(path):
