@@ -1,7 +1,7 @@
 """`AsyncLLM.chunks`: the chunk library of an engine that runs in a thread of its own."""
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -63,6 +63,6 @@ class AsyncChunkLibrary:
         """Writes every stored chunk to a file."""
         return await self._call(lambda: self._library.save(path))
 
-    async def load(self, path: str | Path) -> LoadedChunks:
-        """Stores the chunks of a file."""
-        return await self._call(lambda: self._library.load(path))
+    async def load(self, path: str | Path, cache_salts: Sequence[str] = ()) -> LoadedChunks:
+        """Stores the chunks of a file: those without a salt, and those of the salts named."""
+        return await self._call(lambda: self._library.load(path, cache_salts))

@@ -53,6 +53,7 @@ class LoadedChunks(NamedTuple):
     present: int  # were stored already, and stayed
     refused: int  # there was no room for them
     corrupt: int  # did not fit their checksums, and were dropped
+    locked: int  # are of salts that were not named
 
 
 class _Job(NamedTuple):
@@ -235,7 +236,8 @@ class ChunkLibrary:
     def save(self, path: str | Path) -> int:
         """Writes every stored chunk to a file, with its KV bit for bit; how many variants.
 
-        Salts are in it in the clear. The file replaces an older one, whole or not at all.
+        Chunks of every salt are in it, and no salt: `load` has to name them. The file replaces an
+        older one, whole or not at all.
 
         Raises:
           ValueError: a strategy keeps something with a chunk that cannot be saved.
@@ -247,9 +249,10 @@ class ChunkLibrary:
         chunk_saving.save(Path(path), self._identity(), variants, spec, self._export)
         return len(variants)
 
-    def load(self, path: str | Path) -> LoadedChunks:
+    def load(self, path: str | Path, cache_salts: Sequence[str] = ()) -> LoadedChunks:
         """Stores the chunks of a file, as far as there is room: pinned and newly used ones first.
 
+        Those without a salt, and those that were saved under one of `cache_salts`.
         What a file brings never takes the place of what it brought before. A damaged chunk is
         dropped, with a warning, and encoded anew when a prompt wants it.
 
@@ -259,10 +262,13 @@ class ChunkLibrary:
           FileNotFoundError: there is none.
         """
         loaded: list[Variant] = []
-        present = refused = corrupt = 0
-        with SavedChunks(Path(path), self._identity(), self._engine.spec) as saved:
+        present = refused = corrupt = locked = 0
+        with SavedChunks(Path(path), self._identity(), self._engine.spec, cache_salts) as saved:
             try:
                 for number in range(len(saved)):
+                    if not saved.is_ours(number):
+                        locked += 1
+                        continue
                     found = saved.read(number)
                     if found is None:
                         corrupt += 1
@@ -280,15 +286,17 @@ class ChunkLibrary:
         clock = sorted((variant.last_use for variant in loaded), reverse=True)
         for variant, last_use in zip(loaded, clock, strict=True):
             variant.last_use = last_use
-        return LoadedChunks(len(loaded), present, refused, corrupt)
+        return LoadedChunks(len(loaded), present, refused, corrupt, locked)
 
     def _export(self, variant: Variant) -> Spans:
         slots = variant.slots(0, variant.num_tokens, self._engine.spec.page_size)
         return self._engine.runner.export(slots)
 
-    def _take(self, variant: Variant, spans: Spans) -> bool:
-        """Stores a variant that has no pages yet; False if there is no room."""
+    def _take(self, variant: Variant, spans: Spans | None) -> bool:
+        """Stores a variant that has no pages yet, or needs none; False if there is no room."""
         store, size = self._engine.chunks.store, self._engine.spec.page_size
+        if spans is None:
+            return store.put(variant)
         count = -(-variant.num_tokens // size)
         if not store.admits(count):
             return False

@@ -1,14 +1,20 @@
 """Stored chunks in a file and back: what they are, for whom they hold, and their KV bit for bit.
 
 A variant is saved with its tokens, provenance, scores and everything that strategies keep with it;
-of its pages only the KV of its own tokens, so that it can be loaded into pages of any size.
+of its pages only the KV of its own tokens, so that it can be loaded into pages of any size. What
+is on the host alone has none.
+
+Cache salts are secrets. A file has a slow hash of each, keyed by a number of its own: it tells
+whether a salt that somebody names is the one, and nothing else.
 """
 
 import dataclasses
+import hashlib
 import json
 import logging
+import secrets
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +33,7 @@ from kvjax.transfer import Spans, empty_span
 log = logging.getLogger("kvjax")
 
 _SPAN_PARTS = KVSpan._fields
+_SALT_KEY = "salt_key"
 _RESIZED = ("dynamic", "longrope")  # scalings whose angles depend on the longest length allowed
 
 
@@ -76,16 +83,30 @@ def save(
     Raises:
       ValueError: a strategy keeps something that cannot be saved.
     """
-    return chunk_file.write(path, about, [_entry(v, spec, export) for v in variants])
+    key = secrets.token_bytes(16)
+    owners = {salt: salt_hash(salt, key) for salt in {v.key.salt for v in variants}}
+    entries = [_entry(v, owners[v.key.salt], spec, export) for v in variants]
+    return chunk_file.write(path, {**about, _SALT_KEY: key.hex()}, entries)
 
 
-def _entry(variant: Variant, spec: KVSpec, export: Callable[[Variant], Spans]) -> Entry:
+def salt_hash(salt: str | None, key: bytes) -> str | None:
+    """What a file says of a salt: scrypt of it; some 10 ms. None for none."""
+    if salt is None:
+        return None
+    return hashlib.scrypt(salt.encode(), salt=key, n=2**12, r=8, p=1, dklen=16).hex()
+
+
+def _entry(
+    variant: Variant, owner: str | None, spec: KVSpec, export: Callable[[Variant], Spans]
+) -> Entry:
     kept = _Kept()
     fields = {
-        "salt": variant.key.salt,
+        "owner": owner,
         "context": variant.key.context,
         "base": variant.base,
         "lineage": variant.lineage,
+        "context_chunks": list(variant.context_chunks),
+        "on_host": not variant.page_ids,
         "pins": variant.pins,
         "uses": variant.uses,
         "scores": kept.encode(variant.scores),
@@ -98,12 +119,13 @@ def _entry(variant: Variant, spec: KVSpec, export: Callable[[Variant], Spans]) -
         "context_ids": np.asarray(variant.context_ids, np.int64),
     }
     shapes = {key: (array.dtype, array.shape) for key, array in (tokens | kept.arrays).items()}
-    for number in range(len(spec.groups)):
+    groups = spec.groups if variant.page_ids else ()
+    for number in range(len(groups)):
         shapes |= _group_shapes(spec, number, variant.num_tokens)
 
     def read() -> dict[str, np.ndarray]:
-        spans, found = export(variant), tokens | kept.arrays
-        for number, group in enumerate(spec.groups):
+        spans, found = export(variant) if groups else (), tokens | kept.arrays
+        for number, group in enumerate(groups):
             for part in _SPAN_PARTS:
                 if f"{part}{number}" in shapes:
                     layers = [np.asarray(getattr(spans[layer], part)) for layer in group.layers]
@@ -126,7 +148,7 @@ def _group_shapes(
 
 
 class SavedChunks:
-    """A file of saved chunks, opened for one model. Use it in a `with`.
+    """A file of saved chunks, opened for one model, with some salts. Use it in a `with`.
 
     Raises, when it is opened:
       CorruptChunks: it is damaged, or no such file.
@@ -134,10 +156,14 @@ class SavedChunks:
       FileNotFoundError: there is none.
     """
 
-    def __init__(self, path: Path, about: Mapping[str, Any], spec: KVSpec) -> None:
+    def __init__(
+        self, path: Path, about: Mapping[str, Any], spec: KVSpec, salts: Iterable[str] = ()
+    ) -> None:
         self._file, self._spec = ChunkFile(path), spec
         try:
             check_identity(path, self._file.about, about)
+            key = _salt_key(path, self._file.about)
+            self._salts = {salt_hash(salt, key): salt for salt in (None, *salts)}
         except BaseException:
             self.close()
             raise
@@ -145,8 +171,13 @@ class SavedChunks:
     def __len__(self) -> int:
         return len(self._file.entries)
 
-    def read(self, number: int) -> tuple[Variant, Spans] | None:
-        """A variant without pages, and its KV; None, with a warning, if it is damaged."""
+    def is_ours(self, number: int) -> bool:
+        """Whether an entry has no salt, or one of those that were named."""
+        return self._file.entries[number].get("owner", "") in self._salts
+
+    def read(self, number: int) -> tuple[Variant, Spans | None] | None:
+        """A variant without pages, of those that `is_ours`, and its KV, if it had pages; None, with
+        a warning, if it is damaged."""
         fields, arrays = self._file.entries[number], self._file.read(number)
         if arrays is None:
             log.warning(
@@ -155,8 +186,9 @@ class SavedChunks:
             )  # fmt: skip
             return None
         try:
-            variant = _variant(fields, arrays)
-            return variant, self._spans(arrays, variant.num_tokens)
+            variant = _variant(fields, arrays, self._salts[fields["owner"]])
+            on_host = fields["on_host"]
+            return variant, None if on_host else self._spans(arrays, variant.num_tokens)
         except ForeignChunks:
             raise
         except (KeyError, TypeError, ValueError) as error:  # its checksums fit: another writer
@@ -184,16 +216,26 @@ class SavedChunks:
         self.close()
 
 
-def _variant(fields: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> Variant:
+def _salt_key(path: Path, about: Mapping[str, Any]) -> bytes:
+    try:
+        return bytes.fromhex(about[_SALT_KEY])
+    except (KeyError, TypeError, ValueError) as error:
+        raise CorruptChunks(f"{path}: the header has no key of its salts ({error!r})") from error
+
+
+def _variant(
+    fields: Mapping[str, Any], arrays: Mapping[str, np.ndarray], salt: str | None
+) -> Variant:
     tokens, tail = arrays["tokens"], tuple(arrays["tail"].tolist())
     return Variant(
-        key=VariantKey(fields["salt"], tokens_hash((*tokens.tolist(), *tail)), fields["context"]),
+        key=VariantKey(salt, tokens_hash((*tokens.tolist(), *tail)), fields["context"]),
         tokens=tokens,
         base=fields["base"],
         page_ids=[],
         first=0,
         lineage=fields["lineage"],
         context_ids=tuple(arrays["context_ids"].tolist()),
+        context_chunks=tuple(fields["context_chunks"]),
         tail=tail,
         scores=_decode(fields["scores"], arrays),
         facts=_decode(fields["facts"], arrays),

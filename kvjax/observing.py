@@ -8,6 +8,7 @@ import numpy as np
 from kvjax.cache.chunks import ChunkStore, Variant, VariantKey
 from kvjax.reuse.assemble import Assembly
 from kvjax.reuse.attended import AttendedShape, attended_arguments
+from kvjax.reuse.padding import pieces
 from kvjax.reuse.report import ReuseReport
 from kvjax.reuse.strategy import KV, Observed, Prompt, Strategy, context_hash
 from kvjax.sequence import Sequence as Branch
@@ -85,11 +86,15 @@ class _Bench:
 
     def attended(self, start: int, stop: int, edges: Sequence[int]) -> np.ndarray:
         self.ran += stop - start
-        shape, arguments = attended_arguments(
-            self._observed.prompt.tokens, start, stop, tuple(edges), self._page_ids,
-            self._device.pages_per_seq,
-        )  # fmt: skip
-        return self._device.attend(shape, arguments)[:, : stop - start, : len(edges) - 1]
+        found = []
+        for part, size in pieces(stop - start):
+            first, count = start + part.start, part.stop - part.start
+            shape, arguments = attended_arguments(
+                self._observed.prompt.tokens, first, first + count, tuple(edges), self._page_ids,
+                self._device.pages_per_seq, size,
+            )  # fmt: skip
+            found.append(self._device.attend(shape, arguments)[:, :count, : len(edges) - 1])
+        return np.concatenate(found, axis=1)
 
     def keep(self, number: int) -> Variant | None:
         prompt, size = self._observed.prompt, self._device.page_size

@@ -31,11 +31,12 @@ def padded(count: int) -> int:
 
 
 def row_arguments(
-    tokens: Sequence[int], first: int, page_ids: Sequence[int], pages_per_seq: int
-) -> tuple[int, tuple[np.ndarray, ...]]:
-    """Padded rows, and the arguments `tokens`, `first`, `count`, `block_table` of a program over
-    some tokens of one sequence."""
-    rows = padded(len(tokens))
+    tokens: Sequence[int], first: int, page_ids: Sequence[int], pages_per_seq: int,
+    rows: int | None = None,
+) -> tuple[int, tuple[np.ndarray, ...]]:  # fmt: skip
+    """Padded rows (`rows`, or the next power of two), and the arguments `tokens`, `first`, `count`,
+    `block_table` of a program over some tokens of one sequence."""
+    rows = padded(len(tokens)) if rows is None else rows
     ids, table = np.zeros(rows, np.int32), np.zeros((1, pages_per_seq), np.int32)
     ids[: len(tokens)], table[0, : len(page_ids)] = tokens, page_ids
     return rows, (ids, np.int32(first), np.int32(len(tokens)), table)  # type: ignore[return-value]

@@ -36,6 +36,7 @@ from kvjax.request import SamplingParams
 from kvjax.reuse.assemble import Move
 from kvjax.reuse.forward import StagedShape
 from kvjax.reuse.pack import batched_moves, stage_prompt
+from kvjax.reuse.padding import pieces
 from kvjax.reuse.read import read_pieces
 from kvjax.reuse.repair import stage_repair
 from kvjax.reuse.restore import CaptureShape
@@ -269,9 +270,13 @@ class Runner:
         dtype: str,
     ) -> np.ndarray:  # fmt: skip
         """What enters `layers`, [layers, tokens, hidden], of tokens whose KV is in `page_ids`."""
-        rows, arguments = row_arguments(tokens, first, page_ids, self._pages_per_seq)
-        hidden = self.beside(CaptureShape(rows, layers, dtype), *arguments)
-        return hidden[:, : len(tokens)]
+        found = []
+        for part, size in pieces(len(tokens)):
+            some, at = tokens[part], first + part.start
+            _, arguments = row_arguments(some, at, page_ids, self._pages_per_seq, size)
+            hidden = self.beside(CaptureShape(size, layers, dtype), *arguments)
+            found.append(hidden[:, : len(some)])
+        return np.concatenate(found, axis=1)
 
     def _prepare(self, plan: StepPlan) -> None:
         """What comes before the step's tokens."""

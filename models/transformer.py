@@ -117,7 +117,10 @@ class Transformer(nnx.Module):
 
         `positions` turn the rotary embedding; `views[g]` says where KV group `g` writes and what
         each row sees. Also returns the hidden states that enter each layer named in `collect`.
+        A row that sees nothing is padding, and zero from here on: products of a CPU skip such rows
+        behind the last other one.
         """
+        hidden = jnp.where(views[0].visible_hi[:, None] > 0, hidden, 0.0)
         cos_sin = self.rope[...][positions]
         local = cos_sin if self.local_rope is None else self.local_rope[...][positions]
         group_of = kv_spec(self.config, "float32", 16).group_of

@@ -64,9 +64,9 @@ def test_loaded_kv_is_the_saved_kv_to_the_bit_in_pages_of_another_size(
     assert all(put.stored for put in first.chunks.put([A, B, C * 9]))
     assert first.chunks.save(tmp_path / "chunks") == 3
     other = opened(checkpoint, kv_cache_dtype=kv_cache_dtype, page_size=64)
-    assert other.chunks.load(tmp_path / "chunks") == (3, 0, 0, 0)
+    assert other.chunks.load(tmp_path / "chunks") == (3, 0, 0, 0, 0)
     assert contents(other) == contents(first)
-    assert other.chunks.load(tmp_path / "chunks") == (0, 3, 0, 0)
+    assert other.chunks.load(tmp_path / "chunks") == (0, 3, 0, 0, 0)
     other.engine.check_integrity()
 
 
@@ -98,7 +98,7 @@ def test_a_damaged_chunk_is_dropped_with_a_warning_and_encoded_anew(
     llm = opened(checkpoint)
     monkeypatch.setattr(logging.getLogger("kvjax"), "propagate", True)
     with caplog.at_level(logging.WARNING):
-        assert llm.chunks.load(tmp_path / "damaged") == (1, 0, 0, 1)
+        assert llm.chunks.load(tmp_path / "damaged") == (1, 0, 0, 1, 0)
     assert "saved chunk 2 of 2" in caplog.text
     assert len(llm.chunks.list()) == 1
     assert answer(llm) == before
@@ -140,12 +140,14 @@ def test_what_strategies_keep_with_a_chunk_travels_with_it(checkpoint, tmp_path)
     variant.facts["patch"] = KVPatch(right, right * 2, left, left)
     variant.arrays["hidden"] = draw.standard_normal((2, 5)).astype(np.float16)
     variant.tail, variant.lineage, variant.context_ids = (), "blend", (1, 2)
-    variant.uses, variant.pins = 7, 2
+    variant.uses, variant.pins, variant.context_chunks = 7, 2, ("one", "two")
     first.chunks.save(tmp_path / "chunks")
     other = opened(checkpoint)
-    other.chunks.load(tmp_path / "chunks")
+    other.chunks.load(tmp_path / "chunks", ["tenant"])
     (found,) = other.engine.chunks.store
-    for name in ("key", "base", "lineage", "context_ids", "tail", "uses", "pins"):
+    for name in (
+        "key", "base", "lineage", "context_ids", "context_chunks", "tail", "uses", "pins",
+    ):  # fmt: skip
         assert getattr(found, name) == getattr(variant, name), name
     assert {k: v for k, v in found.facts.items() if k != "patch"} == {
         k: v for k, v in variant.facts.items() if k != "patch"
@@ -158,6 +160,58 @@ def test_what_strategies_keep_with_a_chunk_travels_with_it(checkpoint, tmp_path)
         )
     np.testing.assert_array_equal(found.scores["attention"], variant.scores["attention"])
     np.testing.assert_array_equal(found.arrays["hidden"], variant.arrays["hidden"], strict=True)
+
+
+def test_a_file_has_no_salt_and_opens_to_those_who_name_it(checkpoint, tmp_path):
+    secret, path = "tenant-7f3a", tmp_path / "chunks"
+    first = opened(checkpoint)
+    first.chunks.put([A], cache_salt=secret)
+    first.chunks.put([B], cache_salt="another")
+    first.chunks.put([C])
+    first.chunks.save(path)
+    assert secret.encode() not in path.read_bytes()
+    stranger = opened(checkpoint)
+    assert stranger.chunks.load(path) == (1, 0, 0, 0, 2)  # what nobody owns, and two are locked
+    assert stranger.chunks.load(path, ["guess"]) == (0, 1, 0, 0, 2)
+    assert {v.key.salt for v in stranger.engine.chunks.store} == {None}
+    assert stranger.chunks.load(path, [secret]) == (1, 1, 0, 0, 1)
+    (info,) = stranger.chunks.list(secret)
+    assert info.token_ids == tuple(first.chunks.list(secret)[0].token_ids)
+    first.chunks.save(path)
+    again = path.read_bytes()
+    first.chunks.save(path)
+    assert again != path.read_bytes()  # of two files nobody can tell that a tenant is the same
+
+
+def test_variants_of_strategies_serve_from_a_file_as_they_did_before(checkpoint, tmp_path):
+    """What Cache-Craft keeps of real prompts, what TableCache keeps behind other chunks, hidden
+    states without any pages."""
+    path = tmp_path / "chunks"
+    first = opened(checkpoint, kv_cache_memory=2**22)
+    craft = "cachecraft:ratio=0.3"
+    texts = ["CREATE TABLE p (a INT);", "CREATE TABLE c (b INT REFERENCES p (a));"]
+    first.chunks.put(texts, strategy="tablecache")
+    first.chunks.put([C], strategy="hcache")
+    prompts = {craft: PROMPT, "tablecache": ["x ", *map(Chunk, texts), "?"], "hcache": [Chunk(C)]}
+
+    def answers(llm: LLM, spec: str) -> Any:
+        llm.reset_prefix_cache()
+        params = dataclasses.replace(GREEDY, reuse=spec, extra_args={"learn": False})
+        (out,) = llm.generate([prompts[spec]], params)
+        assert out.error is None
+        return out.outputs[0].token_ids, out.reuse.fates.tolist()
+
+    first.generate([PROMPT], dataclasses.replace(GREEDY, reuse=craft))  # which it learns from
+    first.generate([["x ", Chunk(A), Chunk(B), "?"]], dataclasses.replace(GREEDY, reuse=craft))
+    wanted = {spec: answers(first, spec) for spec in prompts}
+    assert any("cachecraft" in v.facts and v.context_ids for v in first.engine.chunks.store)
+    count = first.chunks.save(path)
+    other = opened(checkpoint, kv_cache_memory=2**22)
+    assert other.chunks.load(path).loaded == count
+    admitted = other.chunks.stats.admitted
+    assert {spec: answers(other, spec) for spec in prompts} == wanted
+    assert other.chunks.stats.admitted == admitted  # nothing had to be encoded again
+    other.engine.check_integrity()
 
 
 class Age(NamedTuple):
@@ -229,7 +283,7 @@ def test_a_file_is_let_in_up_to_the_stores_capacity_pinned_and_last_used_first(
     first.chunks.save(tmp_path / "chunks")
     small = opened(checkpoint)
     small.engine.chunks.store.capacity_pages = 6  # two of three pages each
-    assert small.chunks.load(tmp_path / "chunks") == (2, 0, 1, 0)
+    assert small.chunks.load(tmp_path / "chunks") == (2, 0, 1, 0, 0)
     found = {info.id: info.pinned for info in small.chunks.list()}
     assert found == {puts[0].id: True, puts[2].id: False}
     assert small.chunks.stats.pages <= 6

@@ -24,7 +24,7 @@ import numpy as np
 
 from kvjax.errors import CorruptChunks
 
-FORMAT, VERSION = "kvjax chunks", 1
+FORMAT, VERSION = "kvjax chunks", 2
 _CHECKSUM = 16  # bytes
 _MAX_HEADER = 100_000_000  # bytes; what safetensors itself allows
 _DTYPES: dict[str, np.dtype] = {

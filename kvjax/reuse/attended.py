@@ -16,6 +16,8 @@ from kvjax.models import Transformer
 from kvjax.readout import padded, row_arguments, row_views
 from kvjax.reuse.scores import mass_of_rows
 
+PARTS = 32  # of the program that is warmed up: 16 chunks with text in front of each
+
 
 @dataclasses.dataclass(frozen=True)
 class AttendedShape:
@@ -57,14 +59,14 @@ def attended(
 
 def attended_arguments(
     tokens: tuple[int, ...], start: int, stop: int, edges: tuple[int, ...],
-    page_ids: list[int], pages_per_seq: int,
+    page_ids: list[int], pages_per_seq: int, rows: int,
 ) -> tuple[AttendedShape, tuple[np.ndarray, ...]]:  # fmt: skip
-    """The program for tokens `[start, stop)` of a prompt, and its arguments."""
-    parts = len(edges) - 1
-    rows, arguments = row_arguments(tokens[start:stop], start, page_ids, pages_per_seq)
-    bounds = np.full((1, padded(parts) + 1), edges[-1], np.int32)
+    """The program for tokens `[start, stop)` of a prompt, padded to `rows`, and its arguments."""
+    parts, size = len(edges) - 1, max(PARTS, padded(len(edges) - 1))
+    _, arguments = row_arguments(tokens[start:stop], start, page_ids, pages_per_seq, rows)
+    bounds = np.full((1, size + 1), edges[-1], np.int32)
     bounds[0, : parts + 1] = edges
-    return AttendedShape(rows, padded(parts)), (*arguments, bounds)
+    return AttendedShape(rows, size), (*arguments, bounds)
 
 
 def empty_attended(shape: AttendedShape, pages_per_seq: int) -> tuple[np.ndarray, ...]:

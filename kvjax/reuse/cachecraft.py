@@ -28,6 +28,7 @@ from kvjax.reuse.report import Fate
 from kvjax.reuse.strategy import (
     Found,
     Hit,
+    ModelFacts,
     Observed,
     Prompt,
     ReadKV,
@@ -62,6 +63,7 @@ class CacheCraft(Strategy):
     name: ClassVar[str] = _NAME
     approximate: ClassVar[bool] = True
     query_aware: ClassVar[bool] = True
+    attends: ClassVar[bool] = True
     alpha: float = 1.0
     ratio: float | None = None
     whole: float = 1.0
@@ -79,6 +81,10 @@ class CacheCraft(Strategy):
         ratio_of("whole", self.whole)
         ratio_of("focus", self.focus)
         count_of("variants", self.variants, 1)
+
+    def prepare(self, variant: Variant, facts: ModelFacts) -> None:
+        """Nothing in front of it."""
+        variant.facts[_NAME] = _alone(variant.num_tokens)
 
     def annotate(self, variant: Variant, read: ReadKV) -> None:
         """Notes that a chunk encoded ahead of time has nothing in front of it."""

@@ -33,9 +33,9 @@ def move_chunks(
 ) -> KVPages:
     """Moves tokens' KV to other slots and `shifts` positions on. A destination of -1 is padding.
 
-    Consumes `pages`.
+    Consumes `pages`. Over a mesh XLA moves them: it can split a gather, and no kernel.
     """
-    layers = []
+    layers, backend = [], None if model.sharding.mesh is None else "xla"
     for layer, held in enumerate(pages.layers):
         cos, sin, offset = model.turn(layer, shifts)
         patch_k, patch_v = (None, None) if patch is None else _of_layer(patch, layer)
@@ -43,6 +43,7 @@ def move_chunks(
             moved = reposition(
                 held, src_slots, dst_slots, cos, sin, patch_k=patch_k, patch_v=patch_v,
                 frame="source" if frame == "source" else "target", rotary_offset=offset,
+                backend=backend,
             )  # fmt: skip
         layers.append(moved)
     return KVPages(tuple(layers))

@@ -8,9 +8,9 @@ import numpy as np
 
 from kvjax.cache.pages import KVSpec
 from kvjax.reuse.assemble import Assembly, Move
-from kvjax.reuse.forward import StagedBatch, StagedShape, rung, shape_of
+from kvjax.reuse.forward import StagedBatch, StagedShape, shape_of
 from kvjax.reuse.move import DevicePatch
-from kvjax.reuse.padding import pieces
+from kvjax.reuse.padding import LARGE_MOVE, padded_slots, pieces
 from kvjax.reuse.plan import Spans, TopK
 from kvjax.reuse.restore import HIDDEN, RestoreShape
 from kvjax.reuse.strategy import KVPatch
@@ -53,7 +53,7 @@ def batched_moves(moves: Iterable[tuple[Placed, Move]], page_size: int) -> Itera
         at = np.arange(move.start, move.stop)
         dst = np.asarray(sequence.page_ids, np.int32)[at // page_size] * page_size + at % page_size
         if not move.variant.page_ids:
-            yield _restored(move, dst)
+            yield from _restored(move, dst)
             continue
         src = move.variant.slots(move.offset, move.offset + count, page_size)
         rows = (src, dst.astype(np.int32), np.full(count, move.shift, np.int32))
@@ -65,25 +65,26 @@ def batched_moves(moves: Iterable[tuple[Placed, Move]], page_size: int) -> Itera
                 yield _patched(tuple(column[part] for column in rows), patch, size)
     if plain:
         src, dst, shift = (np.concatenate(column) for column in zip(*plain, strict=True))
-        for part, size in pieces(len(src)):
+        for part, size in pieces(len(src), LARGE_MOVE):
             yield PackedMove(MoveShape(size), _padded(src[part], dst[part], shift[part], size))
 
 
-def _restored(move: Move, dst: np.ndarray) -> PackedMove:
+def _restored(move: Move, dst: np.ndarray) -> Iterator[PackedMove]:
     """KV of tokens whose hidden states are kept."""
     count = move.stop - move.start
     hidden = move.variant.arrays[HIDDEN][:, move.offset : move.offset + count]
-    shape = RestoreShape(rung(count), hidden.shape[2], str(hidden.dtype))
-    rest = (0, shape.tokens - count)
     positions = move.variant.base + move.offset + move.shift + np.arange(count)
-    return PackedMove(
-        shape,
-        (
-            np.pad(hidden, ((0, 0), rest, (0, 0))),
-            np.pad(dst.astype(np.int32), rest, constant_values=-1),
-            np.pad(positions.astype(np.int32), rest),
-        ),
-    )
+    for part, size in pieces(count):
+        shape = RestoreShape(size, hidden.shape[2], str(hidden.dtype))
+        rest = (0, size - (part.stop - part.start))
+        yield PackedMove(
+            shape,
+            (
+                np.pad(hidden[:, part], ((0, 0), rest, (0, 0))),
+                padded_slots(dst[part], size),
+                np.pad(positions[part].astype(np.int32), rest),
+            ),
+        )
 
 
 def _padded(src: np.ndarray, dst: np.ndarray, shift: np.ndarray, size: int) -> tuple[Any, ...]:

@@ -18,10 +18,21 @@ import dataclasses
 from collections.abc import Sequence
 from typing import ClassVar
 
+import numpy as np
+
 from kvjax.cache.chunks import Variant
 from kvjax.reuse.plan import Spans, Stage, StagedPlan, TopK, rest_of
 from kvjax.reuse.restore import entering_name
-from kvjax.reuse.strategy import CanonicalChunks, Found, Hit, Prompt, Tokens, count_of, ratio_of
+from kvjax.reuse.strategy import (
+    CanonicalChunks,
+    Found,
+    Hit,
+    ModelFacts,
+    Prompt,
+    Tokens,
+    count_of,
+    ratio_of,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +71,12 @@ class RelayCaching(CanonicalChunks):
                 raise ValueError(f"{name} must be a number of at least 0, got {value!r}")
         count_of("suffix", self.suffix, 1)
         ratio_of("most", self.most)
+
+    def prepare(self, variant: Variant, facts: ModelFacts) -> None:
+        """What enters layer `start`."""
+        if self.start:
+            rows = np.zeros((variant.num_tokens, facts.hidden_size), np.float32)
+            variant.arrays[entering_name(self.start)] = rows
 
     def wanted(self, prompt: Prompt, number: int, found: Found) -> Tokens | None:
         """The canonical variant of what nobody has written."""

@@ -74,6 +74,14 @@ class Decoding(Protocol):
     repair: Any
 
 
+def repair_shape(size: int, per_step: int, layer: int, num_layers: int) -> StagedShape:
+    """The program for `size` candidates, padded, whose attention in `layer` decides."""
+    few = max(4, 1 << (per_step - 1).bit_length())
+    looks = StageShape(0, layer + 1, 4, False, SCORE, False, False)
+    again = StageShape(0, num_layers, few, True, None, False, False)
+    return StagedShape(size, 1, (looks, again), "position")
+
+
 def stage_repair(
     sequence: Decoding, page_size: int, pages_per_seq: int,
     fit: Callable[[StagedShape], StagedShape] = lambda shape: shape,
@@ -84,12 +92,8 @@ def stage_repair(
     assert repair.eligible is not None
     tokens, page_ids = sequence.tokens, sequence.page_ids
     newest = min(repair.seen, len(tokens)) - 1
-    at, size = len(repair.rows), rung(repair.width)
-    k = min(repair.per_step, at)
-    few = max(4, 1 << (repair.per_step - 1).bit_length())
-    looks = StageShape(0, repair.layer + 1, 4, False, SCORE, False, False)
-    again = StageShape(0, repair.num_layers, few, True, None, False, False)
-    shape = fit(StagedShape(size, 1, (looks, again), "position"))
+    at, k = len(repair.rows), min(repair.per_step, len(repair.rows))
+    shape = fit(repair_shape(rung(repair.width), repair.per_step, repair.layer, repair.num_layers))
     size, few = shape.candidates, shape.stages[1].rows
 
     def padded(values: np.ndarray, last: float, fill: float, dtype: type) -> np.ndarray:

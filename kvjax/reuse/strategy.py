@@ -224,6 +224,7 @@ class Strategy:
     query_aware: ClassVar[bool] = False  # whether the text behind a chunk changes its KV
     rotates: ClassVar[bool] = True
     keeps_hidden: ClassVar[bool] = False  # of its variants hidden states are kept, not pages
+    attends: ClassVar[bool] = False  # `observe` asks how much attention rows paid
     repair: int = 0  # reused rows that are run again between two decode steps
 
     def check_tokenizer(self, tokenizer: Tokenizer) -> None:
@@ -238,6 +239,10 @@ class Strategy:
     def patch_shapes(self) -> tuple[tuple[tuple[int, ...], str], ...]:
         """Rank (`()` is dense) and frame of the patches it makes: whose programs are warmed up."""
         return ()
+
+    def prepare(self, variant: Variant, facts: ModelFacts) -> None:
+        """Gives a made-up variant, of a prompt that warm-up plans for, what `select` looks for in
+        those that this strategy keeps."""
 
     def enrich(self, tokens: Tokens, corpus: Sequence[Tokens]) -> Tokens:
         """Context behind which a chunk of a corpus is computed ahead of time; () is canonical."""

@@ -196,11 +196,23 @@ Shape ShapeOf(const ffi::Buffer<ffi::F32>& x, ffi::ResultBuffer<ffi::F32>& out) 
   return {x.dimensions()[0], in, out->dimensions()[1], RoundUp(in, Kind::kPerWord) / Kind::kPerWord};
 }
 
+// Rows up to the last that is not all zeros: a step's padding stands behind its tokens.
+inline int64_t RowsInUse(const float* x, Shape s) {
+  int64_t rows = s.rows;
+  while (rows && std::all_of(x + (rows - 1) * s.in, x + rows * s.in, [](float v) { return v == 0; }))
+    --rows;
+  return rows;
+}
+
 template <typename Kind, typename Finish>
 void Multiply(ffi::ThreadPool& pool, const ffi::Buffer<ffi::F32>& x, const ffi::AnyBuffer& panels,
               ffi::ResultBuffer<ffi::F32>& out, Finish finish, int64_t partner = 0) {
-  Multiply<Kind>(pool, x.typed_data(), panels.untyped_data(), out->typed_data(),
-                 ShapeOf<Kind>(x, out), finish, partner);
+  Shape s = ShapeOf<Kind>(x, out);
+  const int64_t rows = RowsInUse(x.typed_data(), s);
+  float* y = out->typed_data();
+  std::fill(y + rows * s.out, y + s.rows * s.out, 0.0f);
+  s.rows = rows;
+  if (rows) Multiply<Kind>(pool, x.typed_data(), panels.untyped_data(), y, s, finish, partner);
 }
 
 // Calls `multiply(kind)` for the kind of float weights that `panels` holds.

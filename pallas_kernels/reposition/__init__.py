@@ -15,16 +15,17 @@ from jaxtyping import Array, Float, Int
 from kvjax.pallas_kernels.dispatch import Operation, later
 from kvjax.pallas_kernels.page_ops import LayerPages, Pages
 from kvjax.pallas_kernels.page_ops.arguments import check_ids, check_moves
-from kvjax.pallas_kernels.reposition import reference, xla
+from kvjax.pallas_kernels.reposition import cpu, reference, xla
 from kvjax.pallas_kernels.reposition.patches import LowRank, Patch
 
 __all__ = ["LowRank", "Patch", "reposition", "rotary_shift", "rotary_tables"]
 
 _move = Operation(
     "reposition",
-    {"*": ("xla",)},
-    {"xla": xla.reposition, "reference": reference.reposition},
+    {"cpu": ("cpu", "xla"), "*": ("xla",)},
+    {"cpu": cpu.reposition, "xla": xla.reposition, "reference": reference.reposition},
     {"reference": "float64 numpy on the host, the specification: only by name, outside jit"},
+    {"cpu": cpu.probe},
 )
 _move.register(
     "gpu", later("kvjax.pallas_kernels.reposition.gpu", "reposition"), platforms=("gpu",)

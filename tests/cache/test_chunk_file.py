@@ -93,10 +93,10 @@ def test_no_bytes_at_all_crash_the_reader(tmp_path_factory, data):
 
 def test_another_version_is_named(tmp_path):
     head = {"__metadata__": {"kvjax": json.dumps(
-        {"format": "kvjax chunks", "version": 2, "about": {}, "entries": []})}}  # fmt: skip
+        {"format": "kvjax chunks", "version": 1, "about": {}, "entries": []})}}  # fmt: skip
     data = json.dumps(head).encode()
     (tmp_path / "new").write_bytes(len(data).to_bytes(8, "little") + data)
-    with pytest.raises(CorruptChunks, match="version 2; wanted 'kvjax chunks' version 1"):
+    with pytest.raises(CorruptChunks, match="version 1; wanted 'kvjax chunks' version 2"):
         ChunkFile(tmp_path / "new")
 
 

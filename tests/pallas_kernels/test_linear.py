@@ -174,3 +174,26 @@ def test_a_single_row_is_doubled_only_where_asked():
     kept = jax.jit(lambda x, w: linear(x, w, pad_single_row=False)).lower(x, w).as_text()
     assert "tensor<2x48xf32>" in padded
     assert "tensor<2x48xf32>" not in kept
+
+
+@needs_packing
+@pytest.mark.parametrize("gates", [False, True])
+@pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16, np.int8], ids=["f32", "bf16", "int8"])
+@pytest.mark.parametrize("in_use", [0, 4, 13, 16])
+def test_rows_of_zeros_behind_the_others_give_zeros_and_change_no_bit(in_use, dtype, gates):
+    """A step's padding stands there, and is not multiplied."""
+    q, scale = quantise_rows(weights(64, 96))
+    w = q if dtype is np.int8 else weights(64, 96, dtype)
+    w = formed(np.asarray(w).reshape(2, 48, 64), "packed")
+    scale = scale.reshape(2, 48) if dtype is np.int8 else None
+
+    def product(x: Any) -> np.ndarray:
+        y = gated_linear(x, w, scale, activation="silu") if gates else linear(x, w, scale)
+        return np.asarray(y)
+
+    x = inputs(16, 64)
+    x[in_use:], x[2:4] = 0, 0
+    y, full = product(x), product(np.where(np.arange(16)[:, None] < in_use, x, 1))
+    np.testing.assert_array_equal(y[:in_use], full[:in_use])
+    assert not y[in_use:].any()
+    assert not y[2:4].any()

@@ -9,8 +9,12 @@ import pytest
 
 from kvjax import LLM, Chunk, SamplingParams
 from kvjax.reuse import parse
+from kvjax.reuse.attended import AttendedShape
 from kvjax.reuse.forward import StagedShape, rung, shape_of
+from kvjax.reuse.padding import PIECE_SIZES
 from kvjax.reuse.plan import Spans, Stage, StagedPlan, TopK
+from kvjax.reuse.repair import repair_shape
+from kvjax.reuse.restore import CaptureShape, RestoreShape
 from kvjax.reuse.strategy import ModelFacts
 from kvjax.reuse.warming import reuse_programs, smallest_holding
 from tests.reuse.prompts import answer, distance, fresh_llm, prompts
@@ -20,7 +24,8 @@ from tests.tiny_model import tiny
 BLEND = "cacheblend:ratio=0.2,check_layer=0"  # the model has two layers
 FACTS = ModelFacts(num_layers=4, hidden_size=64, kv_token_bytes=1024, hidden_token_bytes=512)
 STAGED = ("cacheblend", "cacheblend:gradual=true", "fusionrag", "kvshare", "cacheclip",
-          "relaycaching")  # fmt: skip
+          "cachecraft", "cachecraft:ratio=0.3", "relaycaching",
+          "relaycaching:start=1,detect=2")  # fmt: skip
 
 
 def random_prompts(seed: int, count: int) -> list:
@@ -43,7 +48,16 @@ def warm_llm(spec: str) -> LLM:
     return llm
 
 
-@pytest.mark.parametrize("spec", [BLEND, "kamera:rank=4,most=99"])
+@pytest.mark.parametrize(
+    "spec",
+    [
+        BLEND,
+        "kamera:rank=4,most=99",
+        "cachecraft",
+        "hcache",
+        pytest.param("kvshare:repair=2,check_layer=0", marks=pytest.mark.slow),
+    ],
+)
 def test_after_warm_up_prompts_with_chunks_compile_nothing(spec):
     llm = warm_llm(spec)
     params = SamplingParams(temperature=0, max_tokens=3, ignore_eos=True, reuse=spec)
@@ -59,7 +73,11 @@ def test_after_warm_up_prompts_with_chunks_compile_nothing(spec):
     assert all(out.error is None for out in outs)
     assert (llm.engine.runner.compiles, events.names) == (compiled, [])
     report = outs[0].reuse
-    assert (report.patched if spec.startswith("kamera") else report.shifted) > 0
+    if spec in ("cachecraft", "hcache"):  # they keep chunks where prompts had them
+        again = llm.generate(made[1:2], params)[0].reuse
+        assert again.exact > 0
+    else:
+        assert (report.patched if spec.startswith("kamera") else report.shifted) > 0
 
 
 def test_answers_of_a_warm_engine_are_those_of_a_cold_one():
@@ -79,6 +97,7 @@ def test_some_warmed_program_holds_any_staged_prompt(spec):
     shapes = reuse_programs(strategy, FACTS, limit)
     staged = [shape for shape in shapes if isinstance(shape, StagedShape)]
     assert staged
+    assert any(shape.hidden_size for shape in staged) == ("start" in spec)
     sizes = (1, 129, 400, limit - 2)
     for shape in staged:
         for size, rows, chunks in itertools.product(sizes, sizes, (1, 16)):
@@ -116,3 +135,13 @@ def test_exact_reuse_needs_no_programs_and_known_rows_no_staged_ones():
         assert not any(isinstance(shape, StagedShape) for shape in shapes)
     ranks = {getattr(shape, "patch", None) for shape in reuse_programs(parse("kamera"), FACTS, 99)}
     assert ranks == {None, (16,)}
+
+
+def test_what_a_strategy_keeps_and_repairs_is_warmed_up_with_it():
+    craft = reuse_programs(parse("cachecraft"), FACTS, 1024)
+    assert {s.rows for s in craft if isinstance(s, AttendedShape)} == set(PIECE_SIZES)
+    kept = reuse_programs(parse("hcache"), FACTS, 1024)
+    assert {type(shape) for shape in kept} == {CaptureShape, RestoreShape}
+    repairs = repair_shape(rung(1000), 3, 1, 4)
+    assert smallest_holding(reuse_programs(parse("kvshare:repair=3"), FACTS, 1024), repairs)
+    assert not smallest_holding(reuse_programs(parse("kvshare"), FACTS, 1024), repairs)
