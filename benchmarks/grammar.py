@@ -82,7 +82,6 @@ def run(args: argparse.Namespace) -> int:
             record["manifest"]["targets"][name] = {
                 "versions": answers[name][0]["versions"],
                 "load_s": [a["load_s"] for a in answers[name]],
-                "grown_mib": [a["grown_mib"] for a in answers[name]],
             }
             record["rows"] = rows(chosen, answers)
             write_json(args.out, record)

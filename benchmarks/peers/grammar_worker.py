@@ -12,10 +12,8 @@ The task (JSON): `model`, `vocabulary` (base64 per token), `special` and `end` (
 import base64
 import importlib.metadata
 import json
-import resource
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -198,16 +196,9 @@ def measure(library: Any, case: dict[str, Any], task: dict[str, Any]) -> dict[st
     }  # fmt: skip
 
 
-def rss_mib() -> float:
-    """Memory of this process now."""
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * resource.getpagesize() / 2**20
-
-
 def main() -> None:
     """Answers one task."""
     task = json.load(sys.stdin)
-    before_mib = rss_mib()
     start = time.perf_counter()
     library = LIBRARIES[sys.argv[1]](task)
     library.compile("regex", "[a-z]{1,4}")  # what a first compilation sets up
@@ -216,7 +207,6 @@ def main() -> None:
     answer = {
         "versions": {name: importlib.metadata.version(name) for name in library.packages},
         "load_s": load_s,
-        "grown_mib": rss_mib() - before_mib,
         "cases": cases,
     }
     json.dump(answer, sys.stdout)
