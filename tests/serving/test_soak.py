@@ -158,8 +158,8 @@ def test_under_load_every_answer_is_the_offline_one_and_nothing_grows(tiny_path)
         counts["preemptions"] = int(
             client.metric("num_preemptions_total") - before["num_preemptions"]
         )
-        print(f"\n{dict(counts)}, memory {grown(load.memory) / 2**20:+.2f} MiB", load.memory[::10])
-        assert counts["compared"] > SECONDS
+        print(f"\n{dict(counts)}, memory {grown(load.memory) / 2**20:+.2f} MiB")
+        assert counts["compared"] > 4 * QUESTIONS
         for what in (
             "left in a stream", "left before the answer", "forks", "preemptions",
             "compared with forks", "compared with a grammar",
