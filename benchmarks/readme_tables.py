@@ -138,10 +138,39 @@ def reuse_speed(folder: Path) -> str:
     return "\n".join(lines) + "\n"
 
 
+def grammar_table(folder: Path) -> str:
+    """Libraries of structured output, one beside the other."""
+    *_, run = _runs(folder, "grammar")
+    found = {(row["library"], row["case"]): row for row in run["rows"] if "error" not in row}
+    libraries = list(dict.fromkeys(library for library, _ in found))
+    median = statistics.median
+    heads = (
+        ("compiled (ms)", 1, lambda row: 1e3 * median(row["compile_s"])),
+        ("a mask (us)", 0, lambda row: 1e6 * row["mask_s"]["median"]),
+        ("slowest step of 16 rows (ms)", 1, lambda row: 1e3 * row["step_s"]["max"]),
+        (
+            "a new grammar and 16 answers (ms)",
+            0,
+            lambda row: 1e3 * median(row["whole_s"]),
+        ),
+    )
+    first = " / ".join(libraries)
+    lines = [_line(first, *(head for head, _, _ in heads)), _rule("---:", len(heads))]
+    for case in dict.fromkeys(case for _, case in found):
+        rows = [found.get((library, case)) for library in libraries]
+        cells = [
+            " / ".join("-" if row is None else f"{value(row):,.{digits}f}" for row in rows)
+            for _, digits, value in heads
+        ]
+        lines.append(_line(case, *cells))
+    return "\n".join(lines) + "\n"
+
+
 TABLES: dict[str, Callable[[Path], str]] = {
     "engine-bfloat16": engine_table("bfloat16"),
     "engine-float32": engine_table("float32"),
     "engine-int8": engine_table("int8"),
+    "grammar": grammar_table,
     "kernels": kernel_table,
     "reuse-quality": reuse_quality,
     "reuse-speed": reuse_speed,

@@ -30,26 +30,27 @@ class Matcher:
     """One sequence's place in its grammar. Not thread-safe: the engine's thread has it."""
 
     def __init__(self, inner: Any, vocab_size: int) -> None:
-        self._inner, self._vocab_size = inner, vocab_size
+        self.inner = inner  # llguidance's own
+        self._vocab_size = vocab_size
 
     def fresh(self) -> "Matcher":
         """Another one at the beginning of the same grammar, if this one is still there."""
-        return Matcher(self._inner.deep_copy(), self._vocab_size)
+        return Matcher(self.inner.deep_copy(), self._vocab_size)
 
     def mask(self) -> np.ndarray:
         """Tokens that may come next, as bits: i32[mask_words]."""
         words = np.zeros((1, mask_words(self._vocab_size)), np.int32)
-        self._inner.unsafe_compute_mask_ptr(words.ctypes.data, words.nbytes)
+        self.inner.unsafe_compute_mask_ptr(words.ctypes.data, words.nbytes)
         return words[0]
 
     def accept(self, token: int) -> bool:
         """Takes the token that came; False if the grammar does not allow it."""
-        return bool(self._inner.consume_token(token))
+        return bool(self.inner.consume_token(token))
 
     @property
     def complete(self) -> bool:
         """Whether the text is whole and nothing can follow it but an end token."""
-        return bool(self._inner.is_stopped())
+        return bool(self.inner.is_stopped())
 
 
 class Grammars:

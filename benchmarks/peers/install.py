@@ -68,6 +68,12 @@ def install_vllm(env: Environment) -> None:
         env.pip("install", "-q", "--no-deps", str(wheel))
 
 
+def install_xgrammar(env: Environment) -> None:
+    """xgrammar, which imports torch and transformers (`kvjax bench grammar`)."""
+    env.install_cpu_torch()
+    env.pip("install", "-q", TORCH, "xgrammar==0.2.8", "numpy")
+
+
 def requirements(wheel: Path) -> list[str]:
     """What a wheel requires without extras, less torch and the packages built on its ABI."""
     with zipfile.ZipFile(wheel) as archive:
@@ -88,6 +94,7 @@ PEERS: dict[str, Callable[[Environment], None]] = {
     "vllm": install_vllm,
     "llamacpp": install_llamacpp,
     "openvino": install_openvino,
+    "xgrammar": install_xgrammar,
 }
 
 
