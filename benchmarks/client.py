@@ -24,6 +24,7 @@ class Record:
     e2el: float | None = None
     input_len: int = 0
     output_len: int = 0  # over all completions
+    completions: int = 1
     text: str = ""  # of the first completion
     token_ids: tuple[int, ...] = ()  # the same, where the target tells them
     cached: int | None = None  # prompt tokens whose KV was reused exactly; None: not told
@@ -84,7 +85,7 @@ async def drive(
     """
     if max_concurrency is not None and max_concurrency < 1:
         raise ValueError(f"max_concurrency must be at least 1, got {max_concurrency}")
-    mine = [Record() for _ in requests]
+    mine = [Record(completions=request.n) for request in requests]
     records += mine
     slots = asyncio.Semaphore(max_concurrency or max(1, len(requests)))
     over = [asyncio.Event() for _ in requests]

@@ -4,6 +4,7 @@ Ratios are of means, B over A. Their intervals hold together: with 95 % confiden
 their true ratios (Bonferroni), so that a file with many figures does not raise false alarms. A
 figure changed if its interval leaves out 1; it is a regression if it is worse by more than the
 tolerance, too. A figure that was measured only once has no interval: the tolerance alone decides.
+What was measured on named items (`bench reuse`) is compared item by item.
 """
 
 import argparse
@@ -24,7 +25,9 @@ from kvjax.benchmarks.samples import Sample
 
 RESAMPLES = 1_000
 REGRESSION, WORSE, NOISE, BETTER = "regression", "worse, within tolerance", "within noise", "better"
-_SAME = ("workload", "sizes", "prompts", "model", "dtypes")  # of two manifests, or it is other work
+_SAME = (  # of two manifests, or it is other work
+    "workload", "sizes", "prompts", "model", "dtypes", "split", "size", "seed", "seeds", "dtype",
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -81,7 +84,8 @@ def compare(pairs: Mapping[str, tuple[Sample, Sample]], tolerance: float) -> lis
     level = 1 - (1 - LEVEL) / len(pairs)
     found = []
     for name, (a, b) in pairs.items():
-        between = ratio(a.values, b.values, level)
+        between = paired_ratio(a, b, level) if a.items and b.items else None
+        between = between or ratio(a.values, b.values, level)
         verdict = judge(between, a.higher_is_better, tolerance)
         means = (float(np.mean(a.values)), float(np.mean(b.values)))
         found.append(Verdict(name, a.unit, *means, between, verdict))
@@ -120,6 +124,35 @@ def ratio(a: Sequence[float], b: Sequence[float], level: float = LEVEL) -> Inter
     return Interval(value, value * math.exp(-half), value * math.exp(half))
 
 
+def paired_ratio(a: Sample, b: Sample, level: float = LEVEL) -> Interval | None:
+    """The same over the items that both have, whose differences between each other cancel.
+
+    None if they have no item in common.
+    """
+    of_a, of_b = (
+        dict(zip(a.items, a.values, strict=True)),
+        dict(zip(b.items, b.values, strict=True)),
+    )
+    common = [item for item in of_a if item in of_b]
+    if not common:
+        return None
+    rows = np.array([[of_a[i] for i in common], [of_b[i] for i in common]], np.float64)
+    floor = max(a.floor, b.floor, 1e-12)
+
+    def log_ratio(means: np.ndarray) -> np.ndarray:
+        low, high = np.maximum(means, floor)
+        return np.log(high / low)
+
+    value = float(np.exp(log_ratio(rows.mean(axis=1))))
+    count = len(common)
+    if count < 2:
+        return Interval(value, float("nan"), float("nan"))
+    draws = np.random.default_rng(0).integers(count, size=(RESAMPLES, count))
+    spread = log_ratio(rows[:, draws].mean(axis=2)).std() * math.sqrt(count / (count - 1))
+    half = _student(level, count - 1) * float(spread)
+    return Interval(value, value * math.exp(-half), value * math.exp(half))
+
+
 def _variance(values: Sequence[float], seed: int) -> float:
     """Of the logarithm of the mean, by resampling; unbiased for few values."""
     row = np.asarray(values, np.float64)
@@ -141,8 +174,8 @@ def require_equal_work(a: Mapping[str, Any], b: Mapping[str, Any]) -> None:
     commands = samples.command(a), samples.command(b)
     if commands[0] != commands[1]:
         raise ValueError(f"a result of {commands[0]} and one of {commands[1]} do not compare")
-    of_a, of_b = a.get("manifest", {}), b.get("manifest", {})
-    for key in _SAME:
+    of_a, of_b = ({**run, **run.get("manifest", {})} for run in (a, b))
+    for key in [*_SAME, *(key for key in of_a if key.startswith("corpus "))]:
         if key in of_a and key in of_b and of_a[key] != of_b[key]:
             raise ValueError(
                 f"different work: {key} is {of_a[key]} and {of_b[key]}; --unequal compares anyway"

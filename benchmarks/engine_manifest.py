@@ -2,8 +2,12 @@
 
 import dataclasses
 import hashlib
+import resource
+import sys
+from collections.abc import Mapping
 from typing import Any
 
+from kvjax.benchmarks.bounds import Work
 from kvjax.pallas_kernels.dispatch import OPERATIONS
 
 _ACCUMULATION = {"int8": "int32 products, float32 sums"}  # by type of the weights; else float32
@@ -54,9 +58,39 @@ def of_engine(engine: Any, tokenizer: Any) -> dict[str, Any]:
         | {"max_model_len": engine.limits.max_model_len},
         "sampler_order": [stage.name for stage in LOGIT_STAGES],
         "seed": config.seed,
+        "work_per_token": dataclasses.asdict(Work.of(engine)),
         "tokenizer_sha256": tokenizer.fingerprint,
         "chat_template_sha256": template and hashlib.sha256(template.encode()).hexdigest(),
     }
+
+
+def peak_memory() -> dict[str, float | None]:
+    """MiB that this process had at most, and that its device held where the device tells."""
+    import jax
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    told = jax.devices()[0].memory_stats() or {}
+    held = told.get("peak_bytes_in_use")
+    return {
+        "peak_rss_mib": peak / 2**20 if sys.platform == "darwin" else peak / 2**10,
+        "peak_device_mib": None if held is None else held / 2**20,
+    }
+
+
+def lines(record: Mapping[str, Any]) -> str:
+    """What an offline benchmark says of its engine beside its own figures."""
+    parts = [
+        f"programs: {record['programs']}, compiled in {record['compile_seconds']:.1f} s before "
+        f"the run; {record['compiles']} compiled during it",
+        f"padding waste: {record['padding_waste']:.3f} of the rows",
+        f"peak memory: {record['peak_rss_mib']:.0f} MiB",
+    ]
+    if record["peak_device_mib"] is not None:
+        parts.append(f"of the device: {record['peak_device_mib']:.0f} MiB")
+    for kind in ("compute", "bandwidth"):
+        if (share := record.get(f"share_of_{kind}")) is not None:
+            parts.append(f"share of the {kind} ceiling: {share:.3f}")
+    return "\n".join(parts)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -67,6 +101,7 @@ class Counters:
     compile_seconds: float
     real_tokens: int
     padded_tokens: int
+    steps: int
 
     @classmethod
     def of(cls, engine: Any) -> "Counters":
@@ -75,7 +110,7 @@ class Counters:
         return cls(*(getattr(runner, field.name) for field in dataclasses.fields(cls)))
 
     def since(self, before: "Counters") -> dict[str, Any]:
-        """Compilations after `before`, and the share of padded rows in the steps since then."""
+        """Compilations and steps after `before`, and the share of padded rows in those steps."""
         real, padded = (
             self.real_tokens - before.real_tokens,
             self.padded_tokens - before.padded_tokens,
@@ -84,4 +119,5 @@ class Counters:
             "compiles": self.compiles - before.compiles,
             "compile_seconds": self.compile_seconds - before.compile_seconds,
             "padding_waste": 1 - real / padded if padded else 0.0,
+            "steps": self.steps - before.steps,
         }

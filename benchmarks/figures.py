@@ -13,9 +13,20 @@ import numpy as np
 from kvjax.benchmarks.client import Record
 
 METRICS = {"ttft": "TTFT", "tpot": "TPOT", "itl": "ITL", "e2el": "E2EL"}
+QUEUE_METRICS = {  # only where they are asked for and a concurrency cap makes requests wait
+    "client_queue_time": "Client Queue Time",
+    "e2el_including_client_queue": "E2EL incl. Client Queue",
+}
 _TITLES = {
     "ttft": "Time to First Token", "tpot": "Time per Output Token (excl. 1st token)",
     "itl": "Inter-token Latency", "e2el": "End-to-end Latency",
+    **QUEUE_METRICS,
+}  # fmt: skip
+
+_PROBES = {
+    "completed": "Probe requests completed", "failed": "Probe requests failed",
+    "median_e2el_ms": "Median probe E2EL (ms)", "p99_e2el_ms": "P99 probe E2EL (ms)",
+    "max_e2el_ms": "Max probe E2EL (ms)",
 }  # fmt: skip
 
 
@@ -25,10 +36,12 @@ def figures(
     *,
     percentiles: Sequence[float] = (99,),
     goodput: Mapping[str, float] | None = None,
+    queue: Sequence[str] = (),
 ) -> dict[str, Any]:
     """The figures of a run of `duration` seconds.
 
-    `goodput`: metric -> most milliseconds; a request counts if it meets all of them.
+    `goodput`: metric -> most milliseconds; a request counts if it meets all of them. `queue`: which
+    of `QUEUE_METRICS` are wanted.
     """
     done = [r for r in records if not r.error and r.e2el is not None]
     inputs, outputs = sum(r.input_len for r in done), sum(r.output_len for r in done)
@@ -49,7 +62,7 @@ def figures(
     if goodput:
         good = sum(all(_meets(r, m, most) for m, most in goodput.items()) for r in done)
         found["request_goodput"] = good / duration
-    for metric in METRICS:
+    for metric in (*METRICS, *queue):
         values = milliseconds(done, metric)
         statistics = {"mean": np.mean, "median": np.median, "std": np.std}
         for name, function in statistics.items():
@@ -69,6 +82,10 @@ def milliseconds(records: Sequence[Record], metric: str) -> list[float]:
             seconds = [gap for r in records for gap in r.itl]
         case "e2el":
             seconds = [r.e2el for r in records if r.e2el is not None]
+        case "client_queue_time":
+            seconds = [r.queued for r in records]
+        case "e2el_including_client_queue":
+            seconds = [r.queued + r.e2el for r in records if r.e2el is not None]
         case _:
             seconds = [t for r in records if (t := per_output_token(r)) is not None]
     return [1000 * s for s in seconds]
@@ -122,6 +139,20 @@ def reused(records: Sequence[Record]) -> dict[str, Any]:
     }
 
 
+def probed(records: Sequence[Record]) -> dict[str, Any]:
+    """Figures of the requests that were sent beside the load; nothing where there were none."""
+    times = milliseconds([r for r in records if not r.error], "e2el")
+    if not times:
+        return {}
+    return {
+        "probe_completed": len(times),
+        "probe_failed": len(records) - len(times),
+        "probe_median_e2el_ms": float(np.median(times)),
+        "probe_p99_e2el_ms": float(np.percentile(times, 99)),
+        "probe_max_e2el_ms": max(times),
+    }
+
+
 def details(records: Sequence[Record], texts: bool = False) -> dict[str, Any]:
     """One entry per request, failed ones included: None for what they have not."""
     rows = {
@@ -160,7 +191,9 @@ def show(found: Mapping[str, Any], title: str = "Serving Benchmark Result") -> s
     line("Peak output token throughput (tok/s)", "max_output_tokens_per_s", 2)
     line("Peak concurrent requests", "max_concurrent_requests")
     line("Total token throughput (tok/s)", "total_token_throughput", 2)
-    for metric, name in METRICS.items():
+    for metric, name in {**METRICS, **QUEUE_METRICS}.items():
+        if metric in QUEUE_METRICS and f"mean_{metric}_ms" not in found:
+            continue
         lines.append(f"{_TITLES[metric]:-^50}")
         line(f"Mean {name} (ms)", f"mean_{metric}_ms", 2)
         line(f"Median {name} (ms)", f"median_{metric}_ms", 2)
@@ -173,9 +206,14 @@ def show(found: Mapping[str, Any], title: str = "Serving Benchmark Result") -> s
     line("Recomputed prompt tokens", "total_recomputed_tokens")
     line("Cache hit rate", "cache_hit_rate", 3)
     line("Peak memory (MiB)", "peak_rss_mib", 0)
+    line("Peak device memory (MiB)", "peak_device_mib", 0)
     line("Programs compiled during the run", "compiles")
     line("Compile time before the run (s)", "compile_seconds", 2)
     line("Padding waste (share of rows)", "padding_waste", 3)
+    line("Share of compute ceiling", "share_of_compute", 3)
+    line("Share of bandwidth ceiling", "share_of_bandwidth", 3)
+    for key, name in _PROBES.items():
+        line(f"{name}", f"probe_{key}", 2 if key.endswith("_ms") else None)
     lines.append("=" * 50)
     return "\n".join(lines)
 

@@ -1,8 +1,10 @@
 """The serving benchmark's target in this process: `AsyncLLM`, called directly."""
 
 import asyncio
+import contextlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from kvjax.async_llm import AsyncLLM
@@ -57,6 +59,17 @@ class InProcess:
     async def reset(self) -> None:
         await self.llm.reset_prefix_cache()
         await self.llm.call(self.llm.engine.chunks.forget)
+
+    @contextlib.asynccontextmanager
+    async def profile(self, folder: Path) -> AsyncIterator[None]:
+        """jax's profiler runs meanwhile; its trace goes to `folder`."""
+        import jax
+
+        jax.profiler.start_trace(str(folder))
+        try:
+            yield
+        finally:
+            jax.profiler.stop_trace()
 
     async def close(self) -> None:
         await asyncio.to_thread(self.llm.shutdown)

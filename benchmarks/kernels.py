@@ -51,6 +51,8 @@ def run(args: argparse.Namespace) -> int:
 
 def measure(chosen: list[Any], sizes: Any, dtype: str, rounds: int, out: Path) -> dict[str, Any]:
     """Runs the cases and returns the record, which `out` holds after every case."""
+    from kvjax.benchmarks import ceilings
+
     record: dict[str, Any] = {
         "version": VERSION,
         "status": "running",
@@ -59,7 +61,7 @@ def measure(chosen: list[Any], sizes: Any, dtype: str, rounds: int, out: Path) -
         "device": device(),
         "dtype": dtype,
         "rounds": rounds,
-        "ceilings": ceilings(sizes, dtype, rounds),
+        "ceilings": ceilings.of(sizes, dtype, rounds),
         "rows": [],
         "not_compared": [],
         "errors": [],
@@ -175,27 +177,6 @@ def _host_loop(subject: Any) -> Callable[[int], None]:
             torch.cuda.synchronize()
 
     return execute
-
-
-def ceilings(sizes: Any, dtype: str, rounds: int) -> dict[str, float]:
-    """What a copy and a matrix product reach here: bytes/s (read and written) and FLOP/s."""
-    import jax.numpy as jnp
-
-    from kvjax.benchmarks.kernel_cases import Subject, item_size
-
-    length = sizes.copy_bytes // item_size(dtype)
-    n = sizes.matmul
-    negate = Subject("copy", lambda _, x: -x, None, jnp.ones(length, dtype), 2.0 * sizes.copy_bytes)
-    multiply = Subject(
-        "matmul", lambda a, x: (a @ x) * jnp.asarray(n**-0.5, dtype), jnp.ones((n, n), dtype),
-        jnp.ones((n, n), dtype), 0.0, 2.0 * n**3,
-    )  # fmt: skip
-    best = {}
-    for subject in (negate, multiply):
-        timer = Timer(subject)
-        timer.warm_up()
-        best[subject.name] = min(timer() for _ in range(rounds))
-    return {"copy": negate.bytes / best["copy"], "matmul": multiply.flops / best["matmul"]}
 
 
 def device() -> dict[str, Any]:

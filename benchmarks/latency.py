@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from kvjax.benchmarks import engine_manifest, flags, manifest, results
+from kvjax.benchmarks import bounds, engine_manifest, flags, manifest, results
 from kvjax.benchmarks.engine_manifest import Counters
 from kvjax.benchmarks.workloads import Options, build, digest
 
@@ -54,6 +54,7 @@ def run(args: argparse.Namespace) -> int:
     print(f"Avg latency: {record['avg_latency']} seconds")
     for p, seconds in record["percentiles"].items():
         print(f"{p}% percentile latency: {seconds} seconds")
+    print(engine_manifest.lines(record))
     print(f"results: {args.output_json}")
     return 0
 
@@ -63,8 +64,11 @@ def measure(
 ) -> dict[str, Any]:
     """The record of all iterations; the file holds those so far after each of them."""
     from kvjax import LLM, SamplingParams
+    from kvjax.build import open_checkpoint
 
     about = manifest.base("latency")
+    open_checkpoint(args.model)  # a wrong name is said before anything is measured
+    ceilings = bounds.ceilings(args.dtype)
     llm = LLM(args.model, **settings)
     llm.warm_up()
     options = Options(
@@ -85,8 +89,10 @@ def measure(
         "sizes": {**sizes, "input_len": args.input_len, "n": args.n},
         "workload": {"name": "random", "num_requests": len(prompts), "sha256": digest(requests)},
         "engine": engine_manifest.of_engine(llm.engine, llm.get_tokenizer()),
+        "ceilings": ceilings,
     }
-    before, latencies = Counters.of(llm.engine), []
+    warmed = Counters.of(llm.engine)
+    work, latencies, cached, before = bounds.Work.of(llm.engine), [], 0, warmed
     record: dict[str, Any] = {"version": results.VERSION, "command": "latency", "manifest": about}
     for number in range(sizes["num_iters_warmup"] + sizes["num_iters"]):
         start = time.perf_counter()
@@ -94,13 +100,25 @@ def measure(
         seconds = time.perf_counter() - start
         counts = {len(c.token_ids) for output in outputs for c in output.outputs}
         assert counts == {sizes["output_len"]}, counts
-        if number >= sizes["num_iters_warmup"]:
-            latencies.append(seconds)
-            record |= {"status": "running", **summary(latencies)}
-            results.write_json(args.output_json, record)
+        if number < sizes["num_iters_warmup"]:
+            before = Counters.of(llm.engine)
+            continue
+        latencies.append(seconds)
+        cached += sum(output.num_cached_tokens for output in outputs)
+        prompt_tokens = sum(map(len, prompts)) * len(latencies)
+        record |= {"status": "running", **summary(latencies), "total_cached_tokens": cached}
+        record["cache_hit_rate"] = cached / prompt_tokens
+        results.write_json(args.output_json, record)
     about["load_average_after"] = list(os.getloadavg())
     added = Counters.of(llm.engine).since(before)
-    return {**record, **added, "compile_seconds": before.compile_seconds, "status": "complete"}
+    if ceilings is not None:
+        known = cached / len(latencies) / len(prompts)
+        one = bounds.Sequence(args.input_len, known, sizes["output_len"], args.n)
+        ran = [one] * len(prompts) * len(latencies)
+        record |= bounds.shares(work, ceilings, ran, sum(latencies), added["steps"])
+    record |= {**added, **engine_manifest.peak_memory(), "programs": warmed.compiles}
+    record["compiles"] = Counters.of(llm.engine).compiles - warmed.compiles
+    return {**record, "compile_seconds": warmed.compile_seconds, "status": "complete"}
 
 
 def summary(latencies: Sequence[float]) -> dict[str, Any]:

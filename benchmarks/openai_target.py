@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from typing import Any
 
 from kvjax.benchmarks import http_stream
@@ -27,11 +27,16 @@ class OpenAITarget:
         body: Mapping[str, Any] | None = None,
         headers: Mapping[str, str] | None = None,
         insecure: bool = False,
+        adapters: Iterator[str] | None = None,
     ) -> None:
-        """`model` None: the first that the server names. `body`: added to every request's."""
+        """`model` None: the first that the server names. `body`: added to every request's.
+
+        `adapters` name the model of each request in turn instead.
+        """
         self.name, self.model = name, model
         self._base = base_url.rstrip("/").removesuffix("/v1")
         self._endpoint, self._chat = endpoint, "/chat/" in endpoint
+        self._adapters = adapters
         self._body, self._headers, self._insecure = dict(body or {}), dict(headers or {}), insecure
 
     async def check(self, timeout_s: float = 0.0) -> None:
@@ -65,8 +70,9 @@ class OpenAITarget:
 
     async def send(self, parts: Sequence[Part], request: Request, record: Record) -> None:
         body = {
-            "model": self.model, "max_tokens": request.max_tokens, "temperature": 0.0,
-            "stream": True, "stream_options": {"include_usage": True}, **self._prompt(parts),
+            "model": next(self._adapters) if self._adapters else self.model,
+            "max_tokens": request.max_tokens, "temperature": 0.0, "stream": True,
+            "stream_options": {"include_usage": True}, **self._prompt(parts),
             **self._body,
         }  # fmt: skip
         if request.n > 1:
@@ -102,15 +108,27 @@ class OpenAITarget:
     async def reset(self) -> None:
         """Asks kvjax's and vLLM's way of emptying the cache; other servers keep theirs."""
         for path in ("/v1/kv/reset", "/reset_prefix_cache"):
-            try:
-                url = self._base + path
-                answer = http_stream.request("POST", url, None, self._headers)
-                async with contextlib.aclosing(answer):
-                    async for _ in answer:
-                        pass
+            with contextlib.suppress(Refused):
+                await self._post(path)
                 return
-            except Refused:
-                continue
+
+    @contextlib.asynccontextmanager
+    async def profile(self) -> AsyncIterator[None]:
+        """The server's profiler runs meanwhile, by vLLM's routes; it knows where its trace goes.
+
+        Raises `Refused` for a server that has none.
+        """
+        await self._post("/start_profile")
+        try:
+            yield
+        finally:
+            await self._post("/stop_profile")
+
+    async def _post(self, path: str) -> None:
+        answer = http_stream.request("POST", self._base + path, None, self._headers)
+        async with contextlib.aclosing(answer):
+            async for _ in answer:
+                pass
 
     async def close(self) -> None:
         """The server is not ours."""

@@ -1,21 +1,24 @@
 """`kvjax bench report RESULTS -o report.html`: one page with tables and plots, without a network.
 
-Serving runs give the frontier of throughput against latency (a point per file, a line per target),
-the distributions of the first token, and the share of prompts that was cached; kernels their place
-under the device's ceilings; reuse its speed against its loss; the others their table.
+Serving runs give, per workload, the frontier of throughput against latency (a point per file, a
+line per target), the distributions of the first token, and the share of prompts that was cached;
+kernels their place under the device's ceilings; reuse its speed against its loss; the others their
+table.
 """
 
 import argparse
+import dataclasses
 import html
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from kvjax.benchmarks import reuse_results, reuse_table, samples, svg
-from kvjax.benchmarks.svg import Series
+from kvjax.benchmarks import png, results, reuse_methods, reuse_table, samples, svg
+from kvjax.benchmarks.svg import Bars, Plot, Series
 
 Run = Mapping[str, Any]
 _STYLE = (
@@ -29,27 +32,42 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the options of `kvjax bench report`."""
     parser.add_argument("files", type=Path, nargs="+", help="results (.json; .jsonl of reuse)")
     parser.add_argument("-o", "--output", type=Path, default=Path("report.html"))
+    parser.add_argument("--png", type=Path, metavar="FOLDER", help="also each plot as a picture")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Writes the page. Raises `ValueError` for a file that is no result."""
-    runs, reuse = {}, {}
+    """Writes the page and the pictures. Raises `ValueError` for a file that is no result."""
+    runs: dict[str, Run] = {}
+    reuse: dict[str, Any] = {}
     for path in args.files:
-        if path.suffix == ".jsonl":
-            reuse[path.name] = reuse_results.read(path)
-        else:
-            runs[path.name] = samples.read(path)
-    args.output.write_text(page(runs, reuse), encoding="utf-8")
+        found = samples.read_all(path)
+        for number, one in enumerate(found):
+            name = path.name if len(found) == 1 else f"{path.name} {number + 1}"
+            if samples.command(one) == "reuse":
+                reuse[name] = one["results"]
+            else:
+                runs[name] = one
+    drawn = plots(runs, reuse)
+    results.require_writable(args.output)
+    args.output.write_text(page(runs, reuse, drawn), encoding="utf-8")
     print(f"report: {args.output}")
+    if args.png is not None:
+        args.png.mkdir(parents=True, exist_ok=True)
+        for name, one in drawn.items():
+            file = args.png / f"{re.sub(r'[^A-Za-z0-9.-]+', '-', name)}.png"
+            png.write(svg.draw(one), file)
+            print(f"picture: {file}")
     return 0
 
 
-def page(runs: Mapping[str, Run], reuse: Mapping[str, Any] | None = None) -> str:
+def page(
+    runs: Mapping[str, Run], reuse: Mapping[str, Any], drawn: Mapping[str, Plot | Bars]
+) -> str:
     """The whole page: everything it needs is in it."""
-    parts = [*_serving(runs), *_kernels(runs)]
-    for name, results in (reuse or {}).items():
-        parts += [f"<h2>{html.escape(name)}</h2>", reuse_plot(results)]
-        parts.append(f"<pre>{html.escape(reuse_table.markdown(results))}</pre>")
+    parts = [svg.draw(one) for one in drawn.values()]
+    for name, found in reuse.items():
+        parts.append(f"<h2>{html.escape(name)}</h2>")
+        parts.append(f"<pre>{html.escape(reuse_table.markdown(found))}</pre>")
     for name, one in runs.items():
         parts += [f"<h2>{html.escape(name)}</h2>", _about(one), _figures(one)]
     return (
@@ -58,74 +76,130 @@ def page(runs: Mapping[str, Run], reuse: Mapping[str, Any] | None = None) -> str
     )
 
 
-def _serving(runs: Mapping[str, Run]) -> Iterator[str]:
-    sides = [
-        (name, target, part)
-        for name, one in runs.items()
-        if samples.command(one) == "serve" and one.get("completed")
-        for target, part in [(one["backend"], one), *one.get("peers", {}).items()]
-    ]
-    points: dict[str, list[tuple[float, float]]] = {}
-    for _, target, part in sides:
-        if part.get("median_e2el_ms") is not None:
-            at = (part["median_e2el_ms"], part["output_throughput"])
-            points.setdefault(target, []).append(at)
-    frontier = [Series(target, sorted(found)) for target, found in points.items()]
-    yield svg.plot(
-        "Throughput against latency", "median E2EL (ms)", "output tokens per second", frontier
-    )
-    first = []
-    for name, target, part in sides:
-        values = samples.per_request_ms(part).get("ttft", [])
-        first.append(Series(f"{target}, {name}", svg.cumulative(values)))
-    yield svg.plot("Time to the first token", "ms", "share of requests", first, log_x=True)
-    hits = [
-        (f"{target}, {name}", part["cache_hit_rate"])
-        for name, target, part in sides
-        if part.get("cache_hit_rate") is not None
-    ]
-    yield svg.bars("Prompt tokens from the cache", "of all", hits)
+def plots(runs: Mapping[str, Run], reuse: Mapping[str, Any]) -> dict[str, Plot | Bars]:
+    """Everything that can be drawn, by a name that may be a file's."""
+    found: dict[str, Plot | Bars] = {}
+    for kind in (_serving, _kernels, _reuse_speed):
+        found |= dict(kind(runs))
+    for name, readings in reuse.items():
+        for corpus in readings.corpora:
+            found[f"reuse-quality-{corpus}-{Path(name).stem}"] = reuse_plot(readings, corpus)
+    return {name: one for name, one in found.items() if svg.draw(one)}
 
 
-def _kernels(runs: Mapping[str, Run]) -> Iterator[str]:
+def _serving(runs: Mapping[str, Run]) -> Iterator[tuple[str, Plot | Bars]]:
+    """Per workload: the frontier, the first tokens, and what came from the cache."""
+    sides: dict[str, list[_Side]] = {}
+    for one in runs.values():
+        if samples.command(one) == "serve" and one.get("completed"):
+            about = one.get("manifest", {}).get("workload", {})
+            group = sides.setdefault(str(about.get("name", "requests")), [])
+            group += [_Side(one, one["backend"], one)]
+            group += [_Side(one, peer, part) for peer, part in one.get("peers", {}).items()]
+    for workload, group in sides.items():
+        points: dict[str, list[tuple[float, float]]] = {}
+        for side in group:
+            if side.part.get("median_e2el_ms") is not None:
+                at = (side.part["median_e2el_ms"] / 1000, side.part["output_throughput"])
+                points.setdefault(side.target, []).append(at)
+        yield f"frontier-{workload}", Plot(
+            f"Throughput against latency: {workload}", "median time of a request (s)",
+            "output tokens per second", [Series(t, sorted(found)) for t, found in points.items()],
+        )  # fmt: skip
+        first = [
+            Series(side.name(group), svg.cumulative(seconds), marks=False)
+            for side in group
+            if (seconds := [t for t in side.part.get("ttfts", []) if t is not None])
+        ]
+        yield f"first-token-{workload}", Plot(
+            f"Time to the first token: {workload}", "seconds from sending to the first token",
+            "share of requests", first, log_x=True,
+        )  # fmt: skip
+        hits = [
+            (side.name(group), 100 * side.part["cache_hit_rate"])
+            for side in group
+            if side.part.get("cache_hit_rate") is not None
+        ]
+        yield f"cache-{workload}", Bars(f"Prompt tokens from the cache: {workload}", "%", hits)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Side:
+    """One target of one file."""
+
+    run: Run
+    target: str
+    part: Run
+
+    def name(self, among: "Sequence[_Side]") -> str:
+        """The target's, with its load where several files have it."""
+        if sum(other.target == self.target for other in among) == 1:
+            return self.target
+        cap, rate = self.run.get("max_concurrency"), self.run.get("request_rate", "inf")
+        load = f"{cap} at a time" if cap else "all at once" if rate == "inf" else f"{rate}/s"
+        return f"{self.target}, {load}"
+
+
+def _kernels(runs: Mapping[str, Run]) -> Iterator[tuple[str, Plot | Bars]]:
     for name, one in runs.items():
         if samples.command(one) == "kernels":
-            yield roofline(name, one)
+            yield f"roofline-{Path(name).stem}", roofline(one)
 
 
-def roofline(name: str, one: Run) -> str:
+def roofline(one: Run) -> Plot:
     """Our kernels under the device's two ceilings: work per byte against work per second."""
     copy, matmul = one["ceilings"]["copy"], one["ceilings"]["matmul"]
-    points = [
-        (row["flops"] / row["bytes"], row["flops"] / row["median"] / 1e9)
-        for row in one["rows"]
-        if row["subject"].startswith("kvjax") and row["flops"] > 0 and row["bytes"] > 0
-    ]
-    if not points:
-        return ""
-    low, high = min(x for x, _ in points) / 2, max(max(x for x, _ in points), matmul / copy) * 2
-    ceiling = [(x, min(copy * x, matmul) / 1e9) for x in np.geomspace(low, high, 50)]
-    return svg.plot(
-        f"Kernels under the ceilings ({name})", "flops per byte", "Gflops per second",
-        [Series("ceiling: copy, products", ceiling), Series("kvjax", points, line=False)],
-        log_x=True,
+    points: dict[str, list[tuple[float, float]]] = {}
+    for row in one["rows"]:
+        if row["subject"].startswith("kvjax") and row["flops"] > 0 and row["bytes"] > 0:
+            at = (row["flops"] / row["bytes"], row["flops"] / row["median"] / 1e9)
+            points.setdefault(row["case"], []).append(at)
+    every = [x for found in points.values() for x, _ in found]
+    series = []
+    if every:
+        low, high = min(every) / 2, max(*every, matmul / copy) * 2
+        corners = sorted({low, matmul / copy, high})
+        ceiling = [(x, min(copy * x, matmul) / 1e9) for x in corners]
+        series.append(Series("ceiling: copy, product", ceiling, marks=False))
+    series += [Series(case, found, line=False) for case, found in points.items()]
+    return Plot(
+        f"Kernels under the device's ceilings, {one['dtype']}", "FLOPs per byte",
+        "GFLOPs per second", series, log_x=True, log_y=True,
     )  # fmt: skip
 
 
-def reuse_plot(results: Any) -> str:
-    """What each strategy gains in time to the first token, against what it loses in nats."""
+def _reuse_speed(runs: Mapping[str, Run]) -> Iterator[tuple[str, Plot | Bars]]:
+    for name, one in runs.items():
+        if samples.command(one) == "reuse-speed":
+            rows = one["long_prompt"].items()
+            values = [(reuse_methods.title(spec), row["speed_up"]) for spec, row in rows]
+            tokens = one["documents"] * one["document_tokens"]
+            yield (
+                f"reuse-speed-{Path(name).stem}",
+                Bars(
+                    f"First token over {tokens:,} stored tokens, against a full prefill",
+                    "x",
+                    values,
+                ),
+            )
+
+
+def reuse_plot(results: Any, corpus: str) -> Plot:
+    """What each method gains in time to the first token, against what it loses in nats."""
     series = []
-    for method in dict.fromkeys(m for corpus in results.corpora for m in results.methods(corpus)):
-        points = []
-        for corpus in results.corpora:
-            mine, full = results.of(corpus, method), results.of(corpus, "full")
-            both = [item for item in mine if item in full]
-            if both and method != "full":
-                speed = np.mean([full[i].prefill_s for i in both])
-                speed /= np.mean([mine[i].prefill_s for i in both])
-                points.append((max(float(np.mean([mine[i].kl_answer for i in both])), 0.0), speed))
-        series.append(Series(method, sorted(points), line=False))
-    return svg.plot("Reuse: speed against quality", "loss (nats per token)", "speed-up", series)
+    full = results.of(corpus, "full")
+    for method in results.methods(corpus):
+        mine = results.of(corpus, method)
+        both = [item for item in mine if item in full]
+        if both and method != "full":
+            speed = np.mean([full[i].prefill_s for i in both])
+            speed /= np.mean([mine[i].prefill_s for i in both])
+            at = (float(np.mean([mine[i].kl_answer for i in both])), float(speed))
+            series.append(Series(reuse_methods.title(method), [at], line=False))
+    return Plot(
+        f"Reuse: speed against quality, {corpus}", "KL to the full prefill (nats per token)",
+        "times faster to the first token", series,
+    )  # fmt: skip
 
 
 def _about(one: Run) -> str:

@@ -100,6 +100,17 @@ def write_json(path: Path, value: Any) -> None:
     os.replace(partial, path)
 
 
+def part_of(path: Path) -> Path:
+    """Where a result is kept until it is a whole line of `path`."""
+    return path.with_name(f"{path.name}.{os.getpid()}.json")
+
+
+def append_json(path: Path, value: Any) -> None:
+    """Adds `value` as one line to a file of results."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(value) + "\n")
+
+
 def require_writable(path: Path) -> None:
     """Makes the folder of a result and tries to write there, before anything is measured.
 

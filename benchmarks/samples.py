@@ -6,8 +6,11 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from kvjax.benchmarks import reuse_results
 from kvjax.benchmarks.results import METRICS
+from kvjax.benchmarks.reuse_results import Results
 
+LEAST_KL = 1e-4  # nats: a loss below it is that of other sums, not of reuse
 LEAST_ROUNDS = 3  # with fewer, the requests of a serving run are the sample
 _NO_QUALITY = ("other_cores", "same_tokens")  # neither more nor less of them is better
 _COUNTS = ("bytes", "flops")  # of a kernel's row: they follow from what names it
@@ -16,22 +19,50 @@ Run = Mapping[str, Any]
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Sample:
-    """Repeated measurements of one figure, all positive."""
+    """Repeated measurements of one figure, all positive; or of one on named items, of any size."""
 
     values: tuple[float, ...]
     unit: str
     higher_is_better: bool
+    items: tuple[str, ...] = ()  # what each value is of: two samples of the same ones are paired
+    floor: float = 0.0  # means below it count as it
 
 
 def read(path: Path) -> dict[str, Any]:
-    """A result file of any command. Raises `ValueError` for a file that is none."""
+    """The result in a file, of several the newest. Raises `ValueError` for a file that is none."""
+    return read_all(path)[-1]
+
+
+def read_all(path: Path) -> list[dict[str, Any]]:
+    """The results in a file of any command: one, or a line for each that was appended.
+
+    Raises `ValueError` for a file that is none.
+    """
     try:
-        run = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        if path.suffix == ".jsonl":
+            rows = [json.loads(line) for line in text.splitlines() if line.strip()]
+        else:
+            rows = [json.loads(text)]
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is no benchmark result: {error}") from None
-    if not isinstance(run, dict) or command(run) not in READERS:
-        raise ValueError(f"{path} is no benchmark result of {', '.join(READERS)}")
-    return run
+    if rows and isinstance(rows[0], dict) and set(rows[0]) == {"manifest"}:
+        return [_reuse_run(path)]
+    for run in rows:
+        if not isinstance(run, dict) or command(run) not in READERS:
+            raise ValueError(f"{path} is no benchmark result of {', '.join([*READERS, 'reuse'])}")
+    if not rows:
+        raise ValueError(f"{path} is no benchmark result: it is empty")
+    return rows
+
+
+def _reuse_run(path: Path) -> dict[str, Any]:
+    """The readings of `bench reuse`, with a manifest whose keys are those of other results."""
+    found = reuse_results.read(path)
+    about = found.manifest.get("about", {})
+    model = {k: about.get(k) for k in ("model", "weights", "dtype", "kv_dtype")}
+    manifest = {**found.manifest, "model": model}
+    return {"command": "reuse", "manifest": manifest, "results": found}
 
 
 def command(run: Run) -> str:
@@ -46,6 +77,8 @@ def command(run: Run) -> str:
 
 def samples(run: Run) -> dict[str, Sample]:
     """Figure -> sample, in the order of the file; those that were not measured are left out."""
+    if command(run) == "reuse":
+        return _reuse(run["results"])
     found = {}
     for name, values, unit, higher in READERS[command(run)](run):
         kept = tuple(float(v) for v in values if v is not None and v > 0)
@@ -85,6 +118,33 @@ def _http(run: Run) -> Iterator[_Row]:
     rounds = run["throughput"]["rounds"]
     yield "throughput direct", [direct for direct, _ in rounds], "tokens/s", True
     yield "throughput http", [http for _, http in rounds], "tokens/s", True
+
+
+def _reuse(found: Results) -> dict[str, Sample]:
+    """Loss, agreement, right answers and time of each method; a full prefill has only its time."""
+    figures: dict[str, Sample] = {}
+    for corpus in found.corpora:
+        for method in found.methods(corpus):
+            readings = found.of(corpus, method)
+            if not readings:
+                continue
+            title = f"{corpus} {method}"
+            times = tuple(r.prefill_s for r in readings.values())
+            figures[f"{title} first token"] = Sample(times, "s", False, tuple(readings))
+            if method == "full":
+                continue
+            losses = tuple(r.kl_answer for r in readings.values())
+            figures[f"{title} KL"] = Sample(losses, "nats", False, tuple(readings), LEAST_KL)
+            shares = {
+                "agreement": {i: r.agreement for i, r in readings.items()},
+                "solved": {i: float(r.solved) for i, r in readings.items() if r.solved is not None},
+            }
+            for name, by_item in shares.items():
+                if by_item:
+                    values, items = tuple(by_item.values()), tuple(by_item)
+                    floor = 0.5 / len(values)
+                    figures[f"{title} {name}"] = Sample(values, "share", True, items, floor)
+    return figures
 
 
 def _reuse_speed(run: Run) -> Iterator[_Row]:

@@ -8,6 +8,7 @@ begins with an empty prefix cache where that can be emptied.
 
 import argparse
 import asyncio
+import contextlib
 import math
 import os
 import signal
@@ -16,7 +17,17 @@ from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import Any
 
-from kvjax.benchmarks import flags, manifest, results, serve_flags, serve_peers, workloads
+from kvjax.benchmarks import (
+    bounds,
+    flags,
+    manifest,
+    request_plots,
+    results,
+    serve_flags,
+    serve_peers,
+    workloads,
+)
+from kvjax.benchmarks.bounds import Work
 from kvjax.benchmarks.client import Target
 from kvjax.benchmarks.figures import show
 from kvjax.benchmarks.openai_target import OpenAITarget
@@ -39,15 +50,17 @@ def run(args: argparse.Namespace) -> int:
     model = args.model or (flags.MODEL if backend == "kvjax" else args.served_model_name) or ""
     if args.peer and backend != "kvjax":
         raise ValueError("--peer compares with kvjax here: leave the URL out")
-    path = serve_flags.path(args, backend, model or "model")
+    target_path = serve_flags.path(args, backend, model or "model")
+    path = results.part_of(target_path) if args.append_result else target_path
     results.require_writable(path)
     about |= {"backend": backend, "model": {"name": Path(model).name}}
     record: dict[str, Any] = {
         "version": results.VERSION, "command": "serve", "status": "running", "manifest": about,
-        "date": about["started"], "backend": backend, "model_id": Path(model).name,
+        "date": about["started"], "backend": backend, "endpoint_type": backend,
+        "model_id": Path(model).name, "tokenizer_id": Path(args.tokenizer or model).name,
         "num_prompts": about["workload"]["num_requests"], "burstiness": args.burstiness,
         "request_rate": args.request_rate if math.isfinite(args.request_rate) else "inf",
-        "max_concurrency": args.max_concurrency, "label": args.label,
+        "max_concurrency": args.max_concurrency, "label": args.label, **_ramp(args),
         **flags.pairs(args.metadata, "--metadata"), "peers": {}, "failures": [],
     }  # fmt: skip
     results.write_json(path, record)
@@ -56,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
         sys.setswitchinterval(_SWITCH)
         asyncio.run(_interruptible(measure(args, backend, plan, record, path)))
     except asyncio.CancelledError:
-        print(f"interrupted: what was measured is in {path}")
+        print(f"interrupted: what was measured is in {target_path}")
         return 130
     except BaseException:
         if "completed" not in record:  # nothing was measured
@@ -64,6 +77,15 @@ def run(args: argparse.Namespace) -> int:
         raise
     finally:
         sys.setswitchinterval(switch)
+        if args.append_result and path.exists():
+            results.append_json(target_path, record)
+            path.unlink()
+    show_result(args, backend, record, target_path)
+    return int(bool(record["failures"] or record["failed"]))
+
+
+def show_result(args: argparse.Namespace, backend: str, record: dict[str, Any], path: Path) -> None:
+    """Prints the figures, draws what was asked for, and says where the result is."""
     for name, part in {backend: record, **record["peers"]}.items():
         title = f"{name}: Serving Benchmark Result" if record["peers"] else ""
         print(show(part, *([title] if title else [])))
@@ -71,8 +93,17 @@ def run(args: argparse.Namespace) -> int:
         print(f"a request failed: {error}")
     for failure in record["failures"]:
         print(f"{failure['target']} failed: {failure['error']}")
+    for kind in request_plots.PAGES:
+        if getattr(args, f"plot_{kind}"):
+            page = path.with_suffix(f".{kind}.html")
+            page.write_text(request_plots.PAGES[kind](record), encoding="utf-8")
+            print(f"{kind}: {page}")
     print(f"results: {path}")
-    return int(bool(record["failures"] or record["failed"]))
+
+
+def _ramp(args: argparse.Namespace) -> dict[str, Any]:
+    names = ("ramp_up_strategy", "ramp_up_start_rps", "ramp_up_end_rps")
+    return {name: getattr(args, name) for name in names} if args.ramp_up_strategy else {}
 
 
 def plan_of(args: argparse.Namespace) -> tuple[Plan, dict[str, Any]]:
@@ -84,16 +115,22 @@ def plan_of(args: argparse.Namespace) -> tuple[Plan, dict[str, Any]]:
         raise ValueError(f"--rounds must be at least 1, got {args.rounds}")
     rounds = [workloads.build(name, _seeded(options, options.seed + r)) for r in range(count)]
     if args.peer:
-        rounds = [serve_peers.as_ids(requests, _encoder(args)) for requests in rounds]
+        serve_peers.require_single(rounds[0])
+    if args.peer or args.tokenizer:
+        encode = _encoder(args)
+        rounds = [serve_peers.as_ids(requests, encode) for requests in rounds]
+    num_warmups = args.num_warmups if args.num_warmups is not None else 8 if args.peer else 1
     plan = Plan(
         rounds=rounds,
         times=[arrivals.times(requests, args.seed + r) for r, requests in enumerate(rounds)],
-        warm_ups=warm_ups(rounds[0], options, args.num_warmups),
+        warm_ups=warm_ups(rounds[0], options, num_warmups),
         max_concurrency=args.max_concurrency,
         percentiles=serve_flags.percentiles(args),
         metrics=serve_flags.metrics(args),
         goodput=serve_flags.goodput(args),
         texts=args.save_detailed,
+        bars=not args.disable_tqdm,
+        probe_rate=args.probe_request_rate,
     )
     about = manifest.base("serve")
     about["seed"] = args.seed
@@ -108,7 +145,7 @@ def _encoder(args: argparse.Namespace) -> Callable[[str], list[int]]:
     from kvjax.build import open_checkpoint
     from kvjax.models.tokenizers import load_tokenizer
 
-    tokenizer = load_tokenizer(open_checkpoint(args.model or flags.MODEL))
+    tokenizer = load_tokenizer(open_checkpoint(args.tokenizer or args.model or flags.MODEL))
     return lambda text: tokenizer.encode(text, add_special_tokens=False)
 
 
@@ -116,6 +153,12 @@ async def measure(
     args: argparse.Namespace, backend: str, plan: Plan, record: dict[str, Any], path: Path
 ) -> None:
     """Opens the target, runs all rounds, fills `record` and writes it after each of them."""
+    if serve_flags.BACKENDS[backend] is None:
+        from kvjax.build import open_checkpoint
+
+        open_checkpoint(args.model or flags.MODEL)
+        about = record["manifest"]
+        about["ceilings"] = await asyncio.to_thread(bounds.ceilings, args.dtype)
     if args.peer:
         sides = await asyncio.to_thread(serve_peers.open_peers, args, record)
     else:
@@ -125,21 +168,32 @@ async def measure(
     def save() -> None:
         if side.rounds:
             record.update(side.result(plan))
-        done = {s.target.name: s.result(plan) for s in sides[1:] if s.rounds and not s.failure}
-        record["peers"].update(done)
+            if args.reuse:  # staged prefills count their padding, but not what is none
+                record["padding_waste"] = None
+        for peer in sides[1:]:
+            if peer.rounds and not peer.failure:
+                done = peer.result(plan)
+                done["same_outputs"] = serve_peers.same_outputs(side, peer)
+                record["peers"][peer.target.name] = done
         record["manifest"]["load_average_after"] = list(os.getloadavg())
         results.write_json(path, record)
 
     def check(one: Side, requests: Sequence[workloads.Request]) -> None:
         try:
-            serve_peers.require_equal_work(one.rounds[-1][0], requests, one.target.name)
+            if not one.failure:
+                serve_peers.require_equal_work(one.rounds[-1][0], requests, one.target.name)
         except UnequalWork as error:
             one.failure = str(error)
+        if one.failure:
             record["failures"].append({"target": one.target.name, "error": one.failure})
             record["peers"].pop(one.target.name, None)
 
     try:
-        await run_rounds(sides, plan, save, check if args.peer else None)
+        async with contextlib.AsyncExitStack() as stack:
+            if args.profile:
+                traces = {} if side.count is None else {"folder": args.result_dir / "profile"}
+                await stack.enter_async_context(side.target.profile(**traces))  # type: ignore[attr-defined]
+            await run_rounds(sides, plan, save, check if args.peer else None)
         record["status"] = "complete"
     except asyncio.CancelledError:
         record["status"] = "interrupted"
@@ -166,6 +220,7 @@ async def open_side(args: argparse.Namespace, backend: str, record: dict[str, An
     """The target that the flags name, ready for requests; fills the manifest's part on it."""
     endpoint = serve_flags.BACKENDS[backend]
     if endpoint is None:
+        from kvjax.benchmarks import engine_manifest
         from kvjax.benchmarks.in_process import InProcess
 
         target = InProcess(
@@ -176,12 +231,21 @@ async def open_side(args: argparse.Namespace, backend: str, record: dict[str, An
         )
         counters = await target.warm_up()
         record["manifest"]["engine"] = target.about()
-        return Side(target, engine=target.llm.engine, before=counters)
+        engine = target.llm.engine
+        return Side(
+            target,
+            before=counters,
+            count=lambda: engine_manifest.Counters.of(engine),
+            memory=engine_manifest.peak_memory,
+            work=Work.of(engine),
+            ceilings=record["manifest"]["ceilings"],
+        )
     target: Target = OpenAITarget(
         serve_flags.base_url(args),
         args.served_model_name or args.model,
         endpoint=args.endpoint or endpoint,
-        body=serve_flags.body(args),
+        body=serve_flags.body(args, args.endpoint or endpoint),
+        adapters=serve_flags.adapters(args),
         headers=flags.pairs(args.header, "--header"),
         insecure=args.insecure,
     )

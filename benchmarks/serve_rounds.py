@@ -3,17 +3,19 @@
 import asyncio
 import contextlib
 import dataclasses
-import resource
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from kvjax.benchmarks import bounds
+from kvjax.benchmarks.bounds import Work
 from kvjax.benchmarks.client import Record, Target, drive
 from kvjax.benchmarks.engine_manifest import Counters
-from kvjax.benchmarks.figures import METRICS, details, figures
+from kvjax.benchmarks.figures import METRICS, QUEUE_METRICS, details, figures, probed
 from kvjax.benchmarks.interleave import rotated
-from kvjax.benchmarks.workloads import Request
+from kvjax.benchmarks.workers import WorkerFailed
+from kvjax.benchmarks.workloads import Part, Request
 from kvjax.progress import progress_bar
 
 
@@ -29,6 +31,8 @@ class Plan:
     metrics: Sequence[str] = tuple(METRICS)  # those with percentiles
     goodput: dict[str, float] = dataclasses.field(default_factory=dict)
     texts: bool = False
+    bars: bool = True
+    probe_rate: float = 0.0  # one-token requests per second beside the load
 
 
 @dataclasses.dataclass
@@ -36,12 +40,16 @@ class Side:
     """A target, and the records of its rounds so far."""
 
     target: Target
-    engine: Any = None  # of a target in this process
-    before: Counters | None = None  # its counters when it was ready
-    peak_mib: Callable[[], float | None] | None = None  # of a target in a process of its own
+    before: Counters | None = None  # of its engine when it was ready
+    count: Callable[[], Counters] | None = None  # the same now
+    memory: Callable[[], Mapping[str, float | None]] = dict  # its peak, by the keys of the result
     turn: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
+    work: Work | None = None  # what a token costs it
+    ceilings: Mapping[str, float] | None = None  # of its device
     failure: str = ""  # why it takes no part in further rounds
+    counted: Counters | None = None  # after its last round
     rounds: list[tuple[list[Record], float]] = dataclasses.field(default_factory=list)
+    probes: list[Record] = dataclasses.field(default_factory=list)
 
     def add(self, records: list[Record], seconds: float) -> None:
         """Keeps a round; its times go on from the end of the round before."""
@@ -56,26 +64,38 @@ class Side:
         duration = sum(seconds for _, seconds in self.rounds)
         found = self._figures(plan, records, duration)
         found["rounds"] = [self._figures(plan, *one) for one in self.rounds]
-        found["peak_rss_mib"] = self._peak_mib()
-        if self.engine is not None and self.before is not None:
-            added = Counters.of(self.engine).since(self.before)
+        found |= {"peak_rss_mib": None, **self.memory()}
+        steps = None
+        if self.counted is not None and self.before is not None:
+            added = self.counted.since(self.before)
             found |= {**added, "compile_seconds": self.before.compile_seconds}
-            found["programs"] = self.before.compiles
-        return {**found, **details(records, plan.texts)}
+            found["programs"], steps = self.before.compiles, added["steps"]
+        if self.work is not None and self.ceilings is not None and duration > 0:
+            found |= bounds.shares(self.work, self.ceilings, _sequences(records), duration, steps)
+        return {**found, **probed(self.probes), **details(records, plan.texts)}
 
     def _figures(self, plan: Plan, records: Sequence[Record], duration: float) -> dict[str, Any]:
-        found = figures(records, duration, percentiles=plan.percentiles, goodput=plan.goodput)
+        queue = [m for m in QUEUE_METRICS if m in plan.metrics and plan.max_concurrency]
+        found = figures(
+            records, duration, percentiles=plan.percentiles, goodput=plan.goodput, queue=queue
+        )
         silent = [m for m in METRICS if m not in plan.metrics]
         left_out = {f"p{p:g}_{m}_ms" for p in plan.percentiles for m in silent}
         return {key: value for key, value in found.items() if key not in left_out}
 
-    def _peak_mib(self) -> float | None:
-        if self.peak_mib is not None:
-            return self.peak_mib()
-        if self.engine is None:
-            return None
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
+
+def _sequences(records: Sequence[Record]) -> list[bounds.Sequence]:
+    """What was computed for the requests that were finished; moved tokens are not run."""
+    return [
+        bounds.Sequence(
+            prompt=r.input_len,
+            known=min((r.cached or 0) + (r.shifted or 0.0), r.input_len),
+            output=r.output_len // r.completions,
+            completions=r.completions,
+        )
+        for r in records
+        if not r.error and r.output_len >= r.completions
+    ]
 
 
 async def run_rounds(
@@ -85,7 +105,7 @@ async def run_rounds(
     check: Callable[[Side, Sequence[Request]], None] | None = None,
 ) -> None:
     """Warms every side up, then runs the rounds, in an order that rotates; `save` after each,
-    and before it `check`, which may give a side a `failure`.
+    and before it `check`, which may give a side a `failure`, or note the one that it has.
 
     Cancelled, it leaves what was finished of the round under way, too.
     """
@@ -94,29 +114,56 @@ async def run_rounds(
             await drive(side.target, plan.warm_ups, [0.0] * len(plan.warm_ups), [])
     for number, (requests, times) in enumerate(zip(plan.rounds, plan.times, strict=True)):
         for side in rotated([side for side in sides if not side.failure], number):
-            with side.turn():
-                await side.target.reset()
-                await _run_one(side, requests, times, plan.max_concurrency)
+            try:
+                with side.turn():
+                    await side.target.reset()
+                    await _run_one(side, requests, times, plan)
+            except WorkerFailed as error:
+                side.failure = str(error)
             if check is not None:
                 check(side, requests)
             save()
 
 
 async def _run_one(
-    side: Side, requests: Sequence[Request], times: Sequence[float], cap: int | None
+    side: Side, requests: Sequence[Request], times: Sequence[float], plan: Plan
 ) -> None:
     records: list[Record] = []
     start = time.perf_counter()
-    with progress_bar(sys.stderr.isatty(), len(requests)) as bar:
+    with progress_bar(plan.bars and sys.stderr.isatty(), len(requests)) as bar:
 
         def finished(record: Record) -> None:
             bar.count(record.input_len, record.cached or 0, record.output_len)
 
+        probes = asyncio.create_task(_probe(side, requests[0], plan.probe_rate))
         try:
             seconds = await drive(
-                side.target, requests, times, records, max_concurrency=cap, finished=finished
+                side.target,
+                requests,
+                times,
+                records,
+                max_concurrency=plan.max_concurrency,
+                finished=finished,
             )
         except asyncio.CancelledError:
             side.add(records, time.perf_counter() - start)
             raise
+        finally:
+            probes.cancel()
+    if side.count is not None:
+        side.counted = side.count()
     side.add(records, seconds)
+
+
+async def _probe(side: Side, like: Request, rate: float) -> None:
+    """One token after another, at a steady rate at most; those under way at the end are dropped."""
+    if rate <= 0:
+        return
+    first = like.parts[0]
+    part = Part(token_ids=first.token_ids[:1]) if first.token_ids else Part("Hello")
+    while True:
+        due = asyncio.create_task(asyncio.sleep(1 / rate))
+        found: list[Record] = []
+        await drive(side.target, [Request((part,), 1)], [0.0], found)
+        side.probes += found
+        await due

@@ -54,6 +54,7 @@ def run(args: argparse.Namespace) -> int:
     record: dict[str, Any] = {
         "version": results.VERSION, "command": "startup", "status": "running", "manifest": about,
         **{f"{kind}_{part}_times": [] for kind in counts for part in _PARTS},
+        "peak_rss_mib": None,
     }  # fmt: skip
     with tempfile.TemporaryDirectory() as shared:
         for number in range(args.num_iters_warmup):
@@ -65,6 +66,8 @@ def run(args: argparse.Namespace) -> int:
                     found = start(args, model, settings, folder, about)
                 for part in _PARTS:
                     record[f"{kind}_{part}_times"].append(found[part])
+                record["peak_rss_mib"] = max(found["peak_rss_mib"], record["peak_rss_mib"] or 0.0)
+                record["programs"] = int(found["programs"])
                 record |= summary(record)
                 results.write_json(args.output_json, record)
     about["load_average_after"] = list(os.getloadavg())
@@ -74,6 +77,7 @@ def run(args: argparse.Namespace) -> int:
         for part in _PARTS:
             if values := record[f"{kind}_{part}_times"]:
                 print(f"Avg {kind} {part.replace('_', ' ')} time: {statistics.mean(values):.2f} s")
+    print(f"programs: {record['programs']}, peak memory: {record['peak_rss_mib']:.0f} MiB")
     print(f"results: {args.output_json}")
     return 0
 
@@ -104,8 +108,10 @@ def start(
         if about is not None:
             about["engine"] = worker.ask("about")["about"]
             about["seed"] = settings["seed"]
+        memory, programs = worker.peak_rss_mib(), compiled["compiles"]
     return {
         "startup": loaded, "first_token": first, "compilation": compiled["compile_seconds"],
+        "peak_rss_mib": memory, "programs": programs,
     }  # fmt: skip
 
 

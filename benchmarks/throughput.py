@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from kvjax.benchmarks import engine_manifest, flags, manifest, results, workloads
+from kvjax.benchmarks import bounds, engine_manifest, flags, manifest, results, workloads
 from kvjax.benchmarks.engine_manifest import Counters
 from kvjax.benchmarks.workloads import Request
 
@@ -50,6 +50,7 @@ def run(args: argparse.Namespace) -> int:
     print(f"Total num prompt tokens:  {record['num_prompt_tokens']}")
     print(f"Total num output tokens:  {record['num_output_tokens']}")
     print(f"Cache hit rate:  {record['cache_hit_rate']:.3f}")
+    print(engine_manifest.lines(record))
     print(f"results: {args.output_json}")
     return 0
 
@@ -59,8 +60,12 @@ def measure(
 ) -> dict[str, Any]:
     """The record of all rounds; the file holds those so far after each of them."""
     from kvjax import LLM, SamplingParams
+    from kvjax.build import open_checkpoint
 
-    llm = LLM(args.model, **flags.engine_settings(args))
+    settings = flags.engine_settings(args)
+    open_checkpoint(args.model)  # a wrong name is said before anything is measured
+    about["ceilings"] = bounds.ceilings(args.dtype)
+    llm = LLM(args.model, **settings)
     llm.warm_up()
     about["engine"] = engine_manifest.of_engine(llm.engine, llm.get_tokenizer())
     prompts = [_prompt(request) for request in requests]
@@ -70,7 +75,7 @@ def measure(
         for r in requests
     ]  # fmt: skip
     llm.generate(prompts[0], SamplingParams(max_tokens=2, ignore_eos=True))
-    before, rounds = Counters.of(llm.engine), []
+    before, rounds, ran = Counters.of(llm.engine), [], []
     record: dict[str, Any] = {
         "version": results.VERSION, "command": "throughput", "manifest": about,
     }  # fmt: skip
@@ -87,12 +92,20 @@ def measure(
             "num_output_tokens": sum(len(c.token_ids) for o in outputs for c in o.outputs),
             "num_cached_tokens": sum(o.num_cached_tokens for o in outputs),
         }
+        ran += [
+            bounds.Sequence(len(o.prompt_token_ids), o.num_cached_tokens, p.max_tokens, p.n)
+            for o, p in zip(outputs, params, strict=True)
+        ]
         rounds.append(rates(seconds, len(requests), counts))
         record |= {"status": "running", **together(rounds), "rounds": rounds}
         results.write_json(args.output_json, record)
     about["load_average_after"] = list(os.getloadavg())
     added = Counters.of(llm.engine).since(before)
-    return {**record, **added, "compile_seconds": before.compile_seconds, "status": "complete"}
+    if (ceilings := about["ceilings"]) is not None:
+        work, seconds = bounds.Work.of(llm.engine), record["elapsed_time"]
+        record |= bounds.shares(work, ceilings, ran, seconds, added["steps"])
+    record |= {**added, **engine_manifest.peak_memory(), "programs": before.compiles}
+    return {**record, "compile_seconds": before.compile_seconds, "status": "complete"}
 
 
 def rates(seconds: float, num_requests: int, counts: dict[str, int]) -> dict[str, Any]:

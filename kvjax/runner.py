@@ -97,7 +97,7 @@ class Runner:
         self._layouts: dict[Bucket, StepLayout] = {}
         self.compiles = 0
         self.compile_seconds = 0.0
-        self.padded_tokens = self.real_tokens = 0
+        self.padded_tokens = self.real_tokens = self.steps = 0
         self.cascade_steps = 0  # decode steps that the rule gave to `cascade_attention`
         self.rebuild()
 
@@ -231,6 +231,7 @@ class Runner:
 
         If this (or reading the results) raises, pages and state are lost: call `rebuild()`.
         """
+        self.steps += 1
         if plan.staged is not None:
             return self._dispatch_staged(plan)
         groups = self._groups(plan)

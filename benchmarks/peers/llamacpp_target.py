@@ -17,10 +17,18 @@ class Target:
 
     packages = ("llama-cpp-python", "numpy")
 
-    def __init__(self, model: str, dtype: str, threads: int, streams: bool = False) -> None:
+    def __init__(
+        self,
+        model: str,
+        dtype: str,
+        threads: int,
+        streams: bool = False,
+        max_model_len: int = 4096,
+        max_num_seqs: int = 1,
+    ) -> None:
         import llama_cpp
 
-        del dtype, streams  # the file's tensor types decide; it can always stream
+        del dtype, max_num_seqs  # the file's tensor types decide; streams run one by one
         self.lib = lib = llama_cpp
         lib.llama_backend_init()
         log = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
@@ -32,8 +40,9 @@ class Target:
         if not self.model:
             raise RuntimeError("llama.cpp could not load the model file")
         params = lib.llama_context_default_params()
-        params.n_ctx = NUM_SEQS * TOKENS_PER_SEQ
-        params.n_seq_max = NUM_SEQS
+        self.num_seqs = 1 if streams else NUM_SEQS
+        params.n_ctx = max_model_len if streams else NUM_SEQS * TOKENS_PER_SEQ
+        params.n_seq_max = self.num_seqs
         params.n_batch = params.n_ubatch = BATCH
         params.n_threads = params.n_threads_batch = threads
         self.context = lib.llama_init_from_model(self.model, params)
@@ -92,7 +101,7 @@ class Target:
             return 0
         lib = self.lib
         lib.llama_memory_seq_rm(self.memory, 0, skip, -1)
-        for seq in range(1, NUM_SEQS):
+        for seq in range(1, self.num_seqs):
             lib.llama_memory_seq_rm(self.memory, seq, -1, -1)
         for seq in range(1, len(prompts)):
             lib.llama_memory_seq_cp(self.memory, 0, seq, -1, -1)

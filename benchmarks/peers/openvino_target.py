@@ -9,7 +9,11 @@ class Target:
 
     packages = ("openvino", "openvino-genai", "openvino-tokenizers", "numpy")
 
-    def __init__(self, model: str, dtype: str, threads: int) -> None:
+    def __init__(
+        self, model: str, dtype: str, threads: int, streams: bool = False, **sizes
+    ) -> None:
+        if streams:
+            raise NotImplementedError("its scheduler is not reached request by request here")
         import openvino_genai as genai
 
         hints = {"float32": "f32", "bfloat16": "bf16"}  # int8: only weights; the default hint stays

@@ -1,6 +1,7 @@
 """vLLM on its CPU backend, eager, with prefix caching."""
 # pyright: reportMissingImports=false
 
+import asyncio
 import os
 
 
@@ -17,6 +18,8 @@ class Target:
         prefix_caching: bool = True,
         kv_gib: int = 2,
         streams: bool = False,
+        max_model_len: int = 4096,
+        max_num_seqs: int = 8,
     ) -> None:
         cpus = sorted(os.sched_getaffinity(0))[:threads]
         os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(kv_gib)
@@ -30,8 +33,8 @@ class Target:
             "skip_tokenizer_init": True,
             "enforce_eager": True,
             "enable_prefix_caching": prefix_caching,
-            "max_model_len": 4096,
-            "max_num_seqs": 8,
+            "max_model_len": max_model_len,
+            "max_num_seqs": max_num_seqs,
             "disable_log_stats": False,  # keeps the first-token times
         }
         if streams:
@@ -66,6 +69,7 @@ class Target:
 
         if self.engine is None:
             self.engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**self.options))
+            self.loop = asyncio.get_running_loop()
         params = SamplingParams(
             max_tokens=max_tokens,
             temperature=0.0,
@@ -80,8 +84,13 @@ class Target:
                 yield ids
 
     def reset(self) -> None:
-        """Empties the prefix cache (streams get new prompts in each round)."""
-        if self.streams:
+        """Empties the prefix cache."""
+        if not self.prefix_caching or (self.streams and self.engine is None):
             return
-        if self.prefix_caching and self.llm.reset_prefix_cache() is False:
+        if self.streams:
+            emptied = self.engine.reset_prefix_cache()
+            done = asyncio.run_coroutine_threadsafe(emptied, self.loop).result()
+        else:
+            done = self.llm.reset_prefix_cache()
+        if done is False:
             raise RuntimeError("vLLM did not reset its prefix cache")

@@ -29,7 +29,8 @@ def open_side():
         workers.append(worker := Worker(target))
         worker.load(streams=True)
         served = WorkerServed(worker, worker.ask("listen")["port"])
-        return Side(served, peak_mib=worker.peak_rss_mib, turn=worker.running)
+        memory = lambda: {"peak_rss_mib": worker.peak_rss_mib()}  # noqa: E731
+        return Side(served, memory=memory, turn=worker.running)
 
     yield side
     for worker in workers:
@@ -55,7 +56,9 @@ def test_every_side_gets_the_same_requests_and_its_own_times(open_side):
 
 def test_a_target_that_streams_synchronously_runs_one_request_at_a_time(open_side):
     (found,) = run([open_side(per_prompt_token=0.02)], rounds=1)
-    assert [round(t / 0.08) for t in sorted(found["ttfts"])] == [1, 2, 3]
+    first, second, third = sorted(found["ttfts"])
+    assert first >= 0.08
+    assert min(second - first, third - second) >= 0.075  # whoever waits, waits for a whole one
 
 
 def test_unequal_work_is_refused_and_ends_that_side_alone(open_side):
@@ -82,7 +85,7 @@ def test_text_becomes_ids_for_all_alike():
     (request,) = as_ids([Request((Part("ab"), Part(output_of=0)), 3)], lambda text: [7, 8])
     assert request.parts == (Part(token_ids=(7, 8)), Part(output_of=0))
     with pytest.raises(ValueError, match="one completion per prompt, got n=4"):
-        as_ids([Request((Part("ab"),), 3, n=4)], len)
+        serve_peers.require_single([Request((Part("ab"),), 3, n=4)])
 
 
 def test_a_peer_needs_weights_that_others_can_read(tmp_path, capsys):
