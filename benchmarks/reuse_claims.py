@@ -103,6 +103,8 @@ CLAIMS = (
     Claim("removing sinks gives half of the gain of 16 tokens", "EPIC-0, CacheClip",
           (Term(1, "KL_ans", "epic:k=0,sink=1"), Term(-0.5, "KL_ans", "naive"),
            Term(-0.5, "KL_ans", _EPIC))),
+    Claim("chunks encoded behind the prompt's head lose less", "this work",
+          less("cacheblend:ratio=0.15,head=true", _BLEND)),
     Claim("a rank-16 patch recovers 90 % of binding", "Kamera",
           less("kamera:rank=16", "naive", share=0.1), ("binding",)),
     Claim("a rank-32 patch recovers 90 % of binding", "Kamera",

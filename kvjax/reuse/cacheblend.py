@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import ClassVar, Literal
 
 from kvjax.reuse.plan import Spans, Stage, StagedPlan, TopK, rest_of
-from kvjax.reuse.strategy import CanonicalChunks, Hit, Prompt, count_of, ratio_of
+from kvjax.reuse.strategy import CanonicalChunks, Hit, Prompt, Tokens, count_of, ratio_of
 
 _SCORES = {"v": "value_deviation", "k": "key_deviation", "kv": "kv_deviation"}
 
@@ -30,6 +30,8 @@ class CacheBlend(CanonicalChunks):
         over `steps` further layers (gradual filtering, section 4.3; its schedule is inferred).
       mask: "position", or "bottom_right" to reproduce the published code, in which most chosen
         rows see tokens behind them.
+      head: encode chunks behind the text in front of the prompt's first chunk, which takes the
+        place of each chunk's own sink (CacheClip's shared prefix; not in the paper).
     """
 
     name: ClassVar[str] = "cacheblend"
@@ -41,6 +43,7 @@ class CacheBlend(CanonicalChunks):
     first: float = 1.5
     steps: int = 3
     mask: Literal["position", "bottom_right"] = "position"
+    head: bool = False
 
     def __post_init__(self) -> None:
         ratio_of("ratio", self.ratio)
@@ -55,6 +58,10 @@ class CacheBlend(CanonicalChunks):
                 raise ValueError(f"{name} must be one of {allowed}, got {value!r}")
         if not isinstance(self.first, int | float) or self.first < 1:
             raise ValueError(f"first must be a number of at least 1, got {self.first!r}")
+
+    def behind(self, prompt: Prompt, number: int) -> Tokens:
+        """The head, if asked for."""
+        return prompt.head if self.head else ()
 
     def select(self, prompt: Prompt, hits: Sequence[Hit]) -> Spans | StagedPlan:
         """Every row up to the check layer, then the best."""

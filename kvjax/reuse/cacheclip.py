@@ -19,18 +19,15 @@ from typing import ClassVar
 import jax.numpy as jnp
 import numpy as np
 
-from kvjax.cache.chunks import Variant
 from kvjax.models.tokenizers import Tokenizer
 from kvjax.reuse.cacheblend import CacheBlend
 from kvjax.reuse.plan import Spans, Stage, StagedPlan, TopK, indices_to_spans, rest_of
 from kvjax.reuse.selector import Selector, check_selector, load_selector
 from kvjax.reuse.strategy import (
     CanonicalChunks,
-    Found,
     Hit,
     Prompt,
     Tokens,
-    context_hash,
     count_of,
     ratio_of,
 )
@@ -83,16 +80,9 @@ class CacheClip(CanonicalChunks):
         """The shared prefix, where it is given."""
         return self.prefix or ()
 
-    def wanted(self, prompt: Prompt, number: int, found: Found) -> Tokens | None:
+    def behind(self, prompt: Prompt, number: int) -> Tokens:
         """The shared prefix."""
-        if self.prefix is not None:
-            return self.prefix
-        return prompt.tokens[: prompt.segments[0].start]
-
-    def look_up(self, prompt: Prompt, number: int, found: Found) -> Variant | None:
-        """The variant behind the shared prefix."""
-        key = context_hash(self.wanted(prompt, number, found) or ())
-        return found.variants(prompt.salt, prompt.segments[number].chunk).get(key)
+        return prompt.head if self.prefix is None else self.prefix
 
     def select(self, prompt: Prompt, hits: Sequence[Hit]) -> Spans | StagedPlan:
         """A pass of the text without KV through the selector, then one with the windows as well."""

@@ -8,17 +8,8 @@ import dataclasses
 from collections.abc import Sequence
 from typing import ClassVar
 
-from kvjax.cache.chunks import Variant
 from kvjax.reuse.plan import Spans
-from kvjax.reuse.strategy import (
-    CanonicalChunks,
-    Found,
-    Hit,
-    Prompt,
-    Tokens,
-    context_hash,
-    count_of,
-)
+from kvjax.reuse.strategy import CanonicalChunks, Hit, Prompt, Tokens, count_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,36 +18,38 @@ class Epic(CanonicalChunks):
 
     The paper advises k <= 32. With `k=0` and a `sink` token (LegoLink-0, from the authors' code)
     chunks are encoded behind `dummies + 1` such tokens whose KV is dropped: they take the sink's
-    place, and nothing is run again.
+    place, and nothing is run again. With `head` chunks are encoded behind the text in front of the
+    prompt's first chunk, as CacheClip does; its KV is in the prompt once.
     """
 
     name: ClassVar[str] = "epic"
     k: int = 16
     sink: int | None = None
     dummies: int = 3
+    head: bool = False
 
     def __post_init__(self) -> None:
         count_of("k", self.k)
         count_of("dummies", self.dummies)
         if self.sink is not None:
             count_of("sink", self.sink)
+        if self.head and self.sink is not None:
+            raise ValueError(f"chunks are encoded behind the head or behind {self.sink=}, not both")
 
     @property
-    def _context(self) -> Tokens:
+    def _dummies(self) -> Tokens:
         return () if self.sink is None else (self.sink,) * (self.dummies + 1)
 
     def enrich(self, tokens: Tokens, corpus: Sequence[Tokens]) -> Tokens:
         """The dummies, if any."""
-        return self._context
+        return self._dummies
 
-    def wanted(self, prompt: Prompt, number: int, found: Found) -> Tokens | None:
-        """The dummies, if any."""
-        return self._context
-
-    def look_up(self, prompt: Prompt, number: int, found: Found) -> Variant | None:
-        """The variant behind the dummies."""
-        key = context_hash(self._context)
-        return found.variants(prompt.salt, prompt.segments[number].chunk).get(key)
+    def behind(self, prompt: Prompt, number: int) -> Tokens:
+        """The dummies, if any, or the head. What begins the prompt is its own sink, and exact as it
+        is."""
+        if self.head:
+            return prompt.head
+        return self._dummies if prompt.segments[number].start else ()
 
     def select(self, prompt: Prompt, hits: Sequence[Hit]) -> Spans:
         """The first `k` tokens of each hit."""

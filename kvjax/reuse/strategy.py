@@ -78,6 +78,11 @@ class Prompt:
         return len(self.tokens)
 
     @property
+    def head(self) -> Tokens:
+        """The text in front of the first chunk."""
+        return self.tokens[: self.segments[0].start] if self.segments else ()
+
+    @property
     def question(self) -> tuple[int, int]:
         """The text behind the last chunk, without the last token, which is always run by itself."""
         start = self.segments[-1].stop if self.segments else 0
@@ -295,17 +300,23 @@ class Strategy:
 
 
 class CanonicalChunks(Strategy):
-    """Strategies over chunks that were encoded alone: looked up, or computed when missed."""
+    """Strategies over chunks that were encoded alone, or behind one context that a chunk of a
+    prompt always has: looked up, or computed when missed."""
 
     approximate: ClassVar[bool] = True
 
-    def wanted(self, prompt: Prompt, number: int, found: Found) -> Tokens | None:
-        """The canonical variant."""
+    def behind(self, prompt: Prompt, number: int) -> Tokens:
+        """What a chunk of `prompt` is encoded behind: nothing."""
         return ()
 
+    def wanted(self, prompt: Prompt, number: int, found: Found) -> Tokens | None:
+        """The variant of that context."""
+        return self.behind(prompt, number)
+
     def look_up(self, prompt: Prompt, number: int, found: Found) -> Variant | None:
-        """The canonical variant."""
-        return found.variants(prompt.salt, prompt.segments[number].chunk).get(context_hash(()))
+        """The variant of that context."""
+        key = context_hash(self.behind(prompt, number))
+        return found.variants(prompt.salt, prompt.segments[number].chunk).get(key)
 
 
 class Context(NamedTuple):
