@@ -10,9 +10,11 @@ import ml_dtypes
 import numpy as np
 
 from kvjax.pallas_kernels import (
+    AttentionMass,
     LayerPages,
     PackedPages,
     Pages,
+    attention_mass,
     cascade_attention,
     copy_pages,
     paged_attention,
@@ -53,10 +55,11 @@ class Sizes:
 
 
 GPU = Sizes(LLAMA3_8B, 64, (1, 4, 16, 64), (1024, 4096, 16384), (2048, 8192), (32, 16384, 128),
-            16384, 65536, (8, 2048), 2**30, 8192)  # fmt: skip
+            16384, 65536, (16, 4096), 2**30, 8192)  # fmt: skip
 CPU = Sizes(SMOLLM2, 16, (1, 4, 16, 64), (1024, 4096, 16384), (512, 2048), (32, 16384, 128),
             16384, 16384, (8, 2048), 2**28, 2048)  # fmt: skip
 TPU = dataclasses.replace(GPU, packed=True)
+MASS_TOKENS, MASS_SEGMENTS = 64, 8  # a question over retrieved chunks
 QUICK = {"batches": (1, 16), "contexts": (1024, 4096), "recompute": 4096}
 
 
@@ -116,6 +119,10 @@ def cases(sizes: Sizes, dtype: str) -> Iterator[Case]:
     yield Case(
         "recompute 15 %", {"context": sizes.recompute},
         lambda: [recompute(sizes, dtype), prefill(sizes, dtype, sizes.recompute)],
+    )  # fmt: skip
+    yield Case(
+        "attention_mass", {"tokens": MASS_TOKENS, "context": sizes.recompute},
+        lambda: [mass(sizes, dtype)],
     )  # fmt: skip
 
 
@@ -239,6 +246,41 @@ def shared_prefix(sizes: Sizes, dtype: str) -> list[Subject]:
         attend(sizes, dtype, "kvjax cascade", *arguments, once, **group),
         attend(sizes, dtype, "kvjax without", *arguments, without),
     ]
+
+
+def mass(sizes: Sizes, dtype: str) -> Subject:
+    """What the last tokens of one sequence attend to: per key, and per segment of it."""
+    h, context = sizes.heads, sizes.recompute
+    count = min(MASS_TOKENS, context)
+    table, used = tables(1, context, sizes.page_size)
+    hi = np.arange(context - count + 1, context + 1, dtype=np.int32)
+    constants = jax.tree.map(
+        jnp.asarray,
+        (
+            pools(sizes, used, dtype), table, np.array([0, count], np.int32),
+            np.array([context], np.int32), np.zeros_like(hi), hi,
+            np.linspace(0, context, MASS_SEGMENTS + 1).astype(np.int32)[None],
+        ),
+    )  # fmt: skip
+
+    def step(constants: Any, carry: Any) -> Any:
+        pages, table, starts, lens, lo, hi, edges = constants
+        q, lse = carry[:2]
+        got = attention_mass(
+            q, lse, pages, table, starts, lens, lo, hi, scale=h.width**-0.5, segment_starts=edges
+        )
+        return after(q, got.columns), lse, got
+
+    q = jnp.asarray(numbers((count, h.q, h.width), dtype))
+    lse = jnp.full((count, h.q), np.log(context), jnp.float32)
+    result = AttentionMass(
+        jnp.zeros((1, table.shape[1] * sizes.page_size), jnp.float32),
+        jnp.zeros((count, MASS_SEGMENTS), jnp.float32),
+    )
+    item = item_size(dtype)
+    moved = h.kv * h.width * item * context + count * h.q * (h.width * item + 4) + 4 * context
+    flops = 2.0 * h.q * h.width * float(hi.sum())
+    return Subject("kvjax", step, constants, (q, lse, result), moved, flops)
 
 
 def shift(sizes: Sizes, dtype: str) -> Subject:

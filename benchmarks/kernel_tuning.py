@@ -35,6 +35,10 @@ def _prefills(sizes: cases.Sizes, dtype: str) -> list[cases.Subject]:
     return [cases.prefill(sizes, dtype, tokens) for tokens in sizes.prefills]
 
 
+def _masses(sizes: cases.Sizes, dtype: str) -> list[cases.Subject]:
+    return [cases.mass(sizes, dtype)]
+
+
 TUNABLES = [
     Tunable(
         "paged_attention/cpu_tile", "paged_attention", "cpu", {"rows": (48, 72, 96, 144, 192, 384)},
@@ -48,6 +52,10 @@ TUNABLES = [
     Tunable(
         "paged_attention/gpu_prefill", "paged_attention", "gpu",
         {"block": (64, 128), "stages": (2, 3, 4)}, _prefills,
+    ),
+    Tunable(
+        "attention_mass/gpu_keys", "attention_mass", "gpu",
+        {"block": (64, 128), "stages": (2, 3, 4), "split": (512, 1024, 2048)}, _masses,
     ),
     Tunable(
         "paged_attention/tpu_keys", "paged_attention", "tpu", {"keys": (128, 256, 512, 1024)},
@@ -113,18 +121,27 @@ def candidates(tunable: Tunable) -> Iterator[dict[str, int]]:
 
 
 def _seconds(tunable: Tunable, sizes: cases.Sizes, dtype: str, rounds: int) -> float | str:
-    """Seconds of all deciding cases, or why these sizes cannot be used."""
+    """Seconds of all deciding cases, or why these sizes cannot be used.
+
+    No other backend steps in. Where it refuses one of the cases, nothing is compiled or run.
+    """
     total = 0.0
     jax.clear_caches()  # what was traced with other sizes
     try:
-        for subject in tunable.subjects(sizes, dtype):
-            timer = Timer(subject)
-            timer.warm_up()
-            total += min(timer() for _ in range(rounds))
-    except Exception as error:  # too large for the device, or refused: a finding, not a failure
+        with OPERATIONS[tunable.operation].only(tunable.backend):
+            subjects = tunable.subjects(sizes, dtype)
+            for subject in subjects:
+                jax.eval_shape(subject.step, subject.constants, subject.carry)
+            for subject in subjects:
+                timer = Timer(subject)
+                timer.warm_up()
+                total += min(timer() for _ in range(rounds))
+    except NotImplementedError as why:
+        return f"refused, {why}"
+    except Exception as error:  # too large for the device: a finding, not a failure
         return f"{type(error).__name__}: {error}"
     return total
 
 
 def _told(seconds: float | str) -> str:
-    return seconds[:100] if isinstance(seconds, str) else f"{seconds * 1e3:.3f} ms"
+    return seconds[:160] if isinstance(seconds, str) else f"{seconds * 1e3:.3f} ms"

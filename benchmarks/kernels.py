@@ -194,7 +194,7 @@ def device() -> dict[str, Any]:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-    names = ("paged_attention", "page_ops.copy_pages", "reposition")
+    names = ("paged_attention", "page_ops.copy_pages", "reposition", "attention_mass")
     return {
         "kind": one.device_kind,
         "platform": one.platform,

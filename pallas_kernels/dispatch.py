@@ -1,8 +1,9 @@
 """Choosing a backend. A backend refuses with `NotImplementedError("why")`; every reason is kept."""
 
+import contextlib
 import dataclasses
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -24,6 +25,8 @@ class Operation:
     notes: dict[str, str] = dataclasses.field(default_factory=dict)  # why never chosen by itself
     probes: dict[str, Callable[[], None]] = dataclasses.field(default_factory=dict)  # or refuse
 
+    _only: str | None = None
+
     def __post_init__(self) -> None:
         OPERATIONS[self.name] = self
 
@@ -43,6 +46,15 @@ class Operation:
     def order(self, platform: str) -> tuple[str, ...]:
         """Backends tried on `platform`, best first."""
         return self.preferred.get(platform, self.preferred.get("*", ()))
+
+    @contextlib.contextmanager
+    def only(self, backend: str) -> Iterator[None]:
+        """Calls that name no backend are as if they named `backend`: no other steps in."""
+        before, self._only = self._only, backend
+        try:
+            yield
+        finally:
+            self._only = before
 
     def explain(self, platform: str) -> dict[str, str]:
         """Backend name to "chosen" or the reason why it is not, for `kvjax info`."""
@@ -69,6 +81,7 @@ class Operation:
         return None
 
     def __call__(self, *args: Any, backend: str | None = None, **kwargs: Any) -> Any:
+        backend = backend or self._only
         if backend is not None:
             if backend not in self.implementations:
                 known = list(self.implementations)

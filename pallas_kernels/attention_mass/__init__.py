@@ -21,14 +21,15 @@ __all__ = ["AttentionMass", "attention_mass"]
 
 _mass = Operation(
     "attention_mass",
-    {"tpu": ("tpu", "xla"), "*": ("xla",)},
+    {"tpu": ("tpu", "xla"), "gpu": ("gpu", "xla"), "*": ("xla",)},
     {
+        "gpu": later("kvjax.pallas_kernels.attention_mass.gpu", "attention_mass"),
         "tpu": later("kvjax.pallas_kernels.attention_mass.tpu", "attention_mass"),
         "xla": xla.attention_mass,
         "reference": reference.attention_mass,
     },
     {"reference": "float64 numpy on the host, the specification: only by name, outside jit"},
-    {"tpu": compat.probe_tpu},
+    {"tpu": compat.probe_tpu, "gpu": later("kvjax.pallas_kernels.hopper", "probe")},
 )
 
 

@@ -3,6 +3,7 @@
 Quantisation is XLA's, in front of the kernel that stores.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -13,6 +14,7 @@ from jaxtyping import Array
 
 from kvjax.pallas_kernels import compat
 from kvjax.pallas_kernels.page_ops import tpu_rows, xla
+from kvjax.pallas_kernels.page_ops.packing import pack_rows
 from kvjax.pallas_kernels.page_ops.pages import KVSpan, PackedPages, Pages
 from kvjax.pallas_kernels.page_ops.quantise import decode, encode
 
@@ -31,12 +33,22 @@ def supported(pages: Pages, interpret: Any = False) -> PackedPages:
 
 def write_slots(pages: Pages, k: Array, v: Array | None, slots: Array, *, interpret=False) -> Pages:
     """See `kvjax.pallas_kernels.write_slots`."""
-    physical = supported(pages, interpret).kv.dtype
+    packed = supported(pages, interpret)
+    physical = packed.kv.dtype
+    if packed.quantised:
+        k, v = _read_once(jnp.asarray(k), None if v is None else jnp.asarray(v), packed)
     k, k_scale = encode(jnp.asarray(k), physical)
     v_scale = None
     if v is not None:
         v, v_scale = encode(jnp.asarray(v), physical)
     return import_span(pages, KVSpan(k, v, k_scale, v_scale), slots, interpret=interpret)
+
+
+def _read_once(k: Array, v: Array | None, pages: PackedPages) -> tuple[Array, Array | None]:
+    """The same rows, brought into VMEM: they are read for their scales, then to be rounded."""
+    rows = jax.lax.optimization_barrier(pack_rows(k, v, pages.kv.shape[3]))
+    half = pages.kv.shape[3] // 2
+    return rows[..., : k.shape[2]], None if v is None else rows[..., half : half + v.shape[2]]
 
 
 def gather_slots(pages: Pages, slots: Array, widths, *, interpret=False) -> tuple[Any, Any]:
@@ -59,18 +71,26 @@ def import_span(pages: Pages, span: KVSpan, slots: Array, *, interpret=False) ->
     return store_rows(packed, xla.pack_span(span, packed), slots, interpret=interpret)
 
 
-def load_rows(pages: PackedPages, slots: Array, *, interpret: Any = False) -> PackedPages:
-    """Rows of the pages at `slots`, `[tokens, kv_heads, lanes]`; zeros for a slot of -1."""
+def load_rows(
+    pages: PackedPages, slots: Array, *, half: int | None = None, interpret: Any = False
+) -> PackedPages:
+    """Rows of the pages at `slots`, `[tokens, kv_heads, lanes]`; zeros for a slot of -1.
+
+    With `half`, only the first (0) or second (1) half of the lanes.
+    """
     slots = jnp.asarray(slots)
     if slots.shape[0] > tpu_rows.MOST_RUNS:
-        parts = [load_rows(pages, part, interpret=interpret) for part in tpu_rows.parts(slots)]
+        parts = [
+            load_rows(pages, part, half=half, interpret=interpret) for part in tpu_rows.parts(slots)
+        ]
         return jax.tree.map(lambda *x: jnp.concatenate(x), *parts)
     tokens, rows = slots.shape[0], tpu_rows.tile_rows(pages.kv.dtype)
     token = jnp.arange(tokens, dtype=jnp.int32)
     todo = tpu_rows.runs(slots, jnp.where(slots < 0, -1, token), rows)
     tiles = tpu_rows.merge_rows(
-        pages.kv, None, todo, num_tiles=-(-tokens // rows), interpret=interpret, name="load_rows"
-    )
+        pages.kv, None, todo, num_tiles=-(-tokens // rows), half=half, interpret=interpret,
+        name="load_rows",
+    )  # fmt: skip
     kv = jnp.where((slots < 0)[:, None, None], 0, tpu_rows.from_tiles(tiles, tokens))
     if pages.scale is None:
         return PackedPages(kv)
@@ -84,26 +104,44 @@ def load_rows(pages: PackedPages, slots: Array, *, interpret: Any = False) -> Pa
 
 
 def store_rows(
-    pages: PackedPages, rows: PackedPages, slots: Array, *, interpret: Any = False
-) -> PackedPages:
-    """Pages with `rows` at `slots`; a slot of -1 is dropped."""
+    pages: PackedPages, rows: PackedPages, slots: Array, *, key_lanes: int | None = None,
+    interpret: Any = False,
+) -> PackedPages:  # fmt: skip
+    """Pages with `rows` at `slots`; a slot of -1 is dropped.
+
+    With `key_lanes`, only these leading lanes and the scales of the keys: values stay.
+    """
     slots = jnp.asarray(slots)
     if slots.shape[0] > tpu_rows.MOST_RUNS:
         for part, now in zip(tpu_rows.parts(slots), _row_parts(rows), strict=True):
-            pages = store_rows(pages, now, part, interpret=interpret)
+            pages = store_rows(pages, now, part, key_lanes=key_lanes, interpret=interpret)
         return pages
+    keys = None if key_lanes is None else _leading(2, key_lanes)
+    key_scales = None if key_lanes is None else _leading(1, pages.kv_heads)
     token = jnp.arange(slots.shape[0], dtype=jnp.int32)
     todo = tpu_rows.runs(token, slots, tpu_rows.tile_rows(pages.kv.dtype))
     source = tpu_rows.as_tiles(rows.kv, pages.kv.dtype)
-    kv = tpu_rows.merge_rows(source, pages.kv, todo, interpret=interpret, name="store_rows")
+    kv = tpu_rows.merge_rows(
+        source, pages.kv, todo, combine=keys, interpret=interpret, name="store_rows"
+    )
     if pages.scale is None or rows.scale is None:
         return PackedPages(kv)
     size = pages.page_size
     scale = tpu_rows.merge_rows(
         tpu_rows.as_lane_tiles(rows.scale, size, pages.scale.shape[2]), pages.scale[:, None],
-        tpu_rows.runs(token, slots, size), per_lane=size, interpret=interpret, name="store_scales",
+        tpu_rows.runs(token, slots, size), per_lane=size, combine=key_scales, interpret=interpret,
+        name="store_scales",
     )  # fmt: skip
     return PackedPages(kv, scale[:, 0])
+
+
+def _leading(axis: int, count: int) -> Callable[[Array, Array], Array]:
+    """What takes the first `count` along an axis from the new rows and the rest from the old."""
+
+    def merge(old: Array, new: Array) -> Array:
+        return jnp.where(jax.lax.broadcasted_iota(jnp.int32, new.shape, axis) < count, new, old)
+
+    return merge
 
 
 def _row_parts(rows: PackedPages) -> list[PackedPages]:

@@ -102,6 +102,7 @@ def merge_rows(
     *,
     num_tiles: int = 0,
     per_lane: int = 0,
+    half: int | None = None,
     combine: Callable[[Array, Array], Array] | None = None,
     interpret: Any = False,
     name: str,
@@ -112,41 +113,47 @@ def merge_rows(
     `num_tiles` pages of one tile each, and rows that no run fills are unspecified. The source
     is not the pool itself. `combine(old, new)` makes the rows of a tile, `[heads, rows, lanes]`
     with 32 bits each, from what is there and what is moved there, if it is not a plain copy.
-    With `per_lane`, what is moved are not rows but lanes, of which a page uses that many.
+    With `per_lane`, what is moved are not rows but lanes, of which a page uses that many. With
+    `half`, without a pool, only that half of the source's lanes is read.
     """
     like = source if pool is None else pool
     dtype, rows = like.dtype, per_lane or tile_rows(like.dtype)
     height = like.shape[2] if per_lane else rows  # of a tile in memory
-    shape = (num_tiles, source.shape[1], height, source.shape[3]) if pool is None else pool.shape
+    lanes = source.shape[3] // (1 if half is None else 2)
+    shape = (num_tiles, source.shape[1], height, lanes) if pool is None else pool.shape
 
-    def tile_of(shape: tuple[int, ...], field: str) -> pl.BlockSpec:
+    def tile_of(shape: tuple[int, ...], field: str, lanes: int, part: int = 0) -> pl.BlockSpec:
         per_page = shape[2] // height
 
         def index(i, *scalars):
             tile = getattr(Runs(*scalars), field)[i] // rows
-            return tile // per_page, 0, tile % per_page, 0
+            return tile // per_page, 0, tile % per_page, part
 
-        return pl.BlockSpec((1, shape[1], height, shape[3]), index)
+        return pl.BlockSpec((1, shape[1], height, lanes), index)
 
-    in_specs = [tile_of(source.shape, "src")]
+    in_specs = [tile_of(source.shape, "src", lanes, half or 0)]
+    target = tile_of(shape, "dst", shape[3])
     if pool is not None:
-        in_specs.append(tile_of(shape, "dst"))
+        in_specs.append(target)
     # A pool that is donated as it is cannot be held: XLA takes its two memory spaces for different
     # shapes (libtpu 0.0.42). The scales are small enough to be copied, and are reshaped on the way.
     if pool is None:
         source = compat.in_hbm(source, interpret)
     elif per_lane:
         pool = compat.in_hbm(pool, interpret)
-    count, across = todo.src.shape[0], 2 if per_lane else 3
-    moved = count * source.shape[1] * source.shape[across] * source.dtype.itemsize
-    kept = count * shape[1] * shape[across] * dtype.itemsize
+    moved, kept = (
+        todo.src.shape[0] * heads * height * width // rows * item
+        for heads, width, item in (
+            (source.shape[1], lanes, source.dtype.itemsize), (shape[1], shape[3], dtype.itemsize),
+        )
+    )  # fmt: skip
     return pl.pallas_call(
         functools.partial(_body, rows=rows, axis=2 if per_lane else 1, combine=combine),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(todo),
             grid=(todo.used[0],),
             in_specs=in_specs,
-            out_specs=tile_of(shape, "dst"),
+            out_specs=target,
         ),
         out_shape=jax.ShapeDtypeStruct(shape, dtype),
         input_output_aliases={} if pool is None else {len(todo) + 1: 0},

@@ -24,7 +24,7 @@ from kvjax.pallas_kernels.page_ops.quantise import from_bits
 from kvjax.pallas_kernels.paged_attention import gpu_rows
 from kvjax.pallas_kernels.paged_attention.gpu_decode import attend_splits
 from kvjax.pallas_kernels.paged_attention.gpu_prefill import attend_tiles
-from kvjax.pallas_kernels.paged_attention.gpu_walk import WIDE, Walk
+from kvjax.pallas_kernels.paged_attention.gpu_walk import WIDE, Walk, require_fit
 from kvjax.pallas_kernels.tuning import block_sizes
 
 _FILL = 264  # thread blocks that fill a GPU: two for each processor of an H100
@@ -39,23 +39,15 @@ def paged_attention(
     return_lse=False, interpret=None,
 ):  # fmt: skip
     """See `kvjax.pallas_kernels.paged_attention`. `interpret`: run in Mosaic GPU's interpreter."""
-    _refuse(q, pages, tail_mask, value_width)
-    group = q.shape[1] // pages.kv_heads
-    share = next(n for n in range(1, group + 1) if group % n == 0 and group <= n * hopper.ROWS)
-    group //= share  # heads of a tile; `share` tiles read the same KV head
+    refuse(q, pages, tail_mask, value_width)
     hopper.require(interpret)
     block_tables, query_starts, kv_lens, lo, hi = jax.tree.map(
         lambda x: jnp.asarray(x, jnp.int32),
         (block_tables, query_starts, kv_lens, visible_lo, visible_hi),
     )
     total = q.shape[0]
-    owner = gpu_rows.owners(query_starts, total)
-    hi = jnp.minimum(hi, kv_lens[owner])
-    words = jnp.zeros((total, 0), jnp.uint32) if tail_mask is None else jnp.asarray(tail_mask)
-    tokens = gpu_rows.Tokens(
-        jnp.asarray(q).astype(jnp.bfloat16).reshape(total, -1, group, q.shape[2]),
-        lo, hi, jax.lax.bitcast_convert_type(words, jnp.int32), query_starts, kv_lens,
-    )  # fmt: skip
+    tokens, owner = gpu_rows.tokens_of(q, pages.kv_heads, tail_mask, query_starts, kv_lens, lo, hi)
+    lo, hi, group = tokens.lo, tokens.hi, tokens.q.shape[2]
     call = _Call(tokens, pages, value_width, block_tables, owner, scale, soft_cap, interpret)
     if max_query_len is not None and max_query_len * group <= hopper.ROWS:
         o, lse = call.decode(jnp.ones(kv_lens.shape, bool), max_query_len)
@@ -75,7 +67,7 @@ def paged_attention(
     return (o, lse) if return_lse else o
 
 
-def _refuse(q: Any, pages: Any, tail_mask: Any, value_width: int | None) -> None:
+def refuse(q: Any, pages: Any, tail_mask: Any, value_width: int | None) -> None:
     """Raises NotImplementedError for what the kernels cannot do."""
     if not isinstance(pages, LayerPages):
         raise NotImplementedError(f"gpu: pages are {type(pages).__name__}, not in split layout")
@@ -145,6 +137,7 @@ class _Call:
             ahead=sizes["ahead"], latent=self.latent, parts=parts, share=self.share,
             interpret=self.interpret,
         )  # fmt: skip
+        require_fit(walk, walk.scratch())
         return walk, sizes
 
     def decode(self, wanted: Array, max_query_len: int) -> tuple[Array, Array]:
@@ -156,7 +149,8 @@ class _Call:
         num_rows = max_query_len * self.group
         o, lse = attend_splits(walk, *arrays, split=sizes["split"], num_rows=num_rows)
         o, lse = _merge(o, lse[..., :num_rows])
-        return gpu_rows.collect(o, lse, self.owner, self.place, self.group, max_query_len)
+        at = (self.owner, self.place, self.group, max_query_len)
+        return gpu_rows.collect(o, *at), gpu_rows.collect(lse, *at)
 
     def prefill(self, wanted: Array) -> tuple[Array, Array]:
         """Rows of the `wanted` sequences."""
@@ -176,8 +170,8 @@ class _Call:
             o, lse = _merge(o, lse)
         else:
             o, lse = attend_tiles(walk, *arrays)
-        tile = first[self.owner] + self.place // size
-        return gpu_rows.collect(o, lse, tile, self.place, self.group, per_group)
+        at = (first[self.owner] + self.place // size, self.place, self.group, per_group)
+        return gpu_rows.collect(o, *at), gpu_rows.collect(lse, *at)
 
 
 def _merge(o: Array, lse: Array) -> tuple[Array, Array]:

@@ -51,8 +51,8 @@ def attend_blocks(walk: Walk, s: Any, w: Any, kv_len: Any, blocks: Any, dense: A
         scores = g.scores(s.q_smem.at[r], s.k_smem.at[stage])
         if not walk.latent:
             plgpu.barrier_arrive(s.k_free.at[stage])
-        scores = _capped(scores, walk) * LOG2_E
-        seen = _visible(walk, s, r, block * walk.block, kv_len) if masked else None
+        scores = capped(scores, walk) * LOG2_E
+        seen = visible(walk, s, r, block * walk.block, kv_len) if masked else None
         if seen is not None:
             scores = jnp.where(seen, scores, NEVER)
         new = jnp.maximum(m, scores.max(axis=1))
@@ -83,7 +83,8 @@ def attend_blocks(walk: Walk, s: Any, w: Any, kv_len: Any, blocks: Any, dense: A
     return jax.lax.fori_loop(high, blocks[1], masked, state)
 
 
-def _capped(scores: jax.Array, walk: Walk) -> jax.Array:
+def capped(scores: jax.Array, walk: Walk) -> jax.Array:
+    """Products of queries and keys, scaled and softly capped."""
     scores = scores * walk.scale
     if walk.soft_cap is None:
         return scores
@@ -92,7 +93,7 @@ def _capped(scores: jax.Array, walk: Walk) -> jax.Array:
     return walk.soft_cap - (2 * walk.soft_cap) / (e + 1.0)
 
 
-def _visible(walk: Walk, s: Any, w: Any, first: Any, kv_len: Any) -> jax.Array:
+def visible(walk: Walk, s: Any, w: Any, first: Any, kv_len: Any) -> jax.Array:
     """Which of the keys `first, first + 1, ...` each of the query rows `w` sees."""
     g, shape = walk.group, (ROWS, walk.block)
 

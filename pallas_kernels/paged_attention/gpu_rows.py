@@ -6,6 +6,7 @@ A row is one token and one of the query heads that share a KV head; a warpgroup 
 
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
@@ -23,6 +24,24 @@ class Tokens(NamedTuple):
     tail: Array  # [tokens, words], int32
     starts: Array  # [seqs + 1]
     kv_lens: Array  # [seqs]
+
+
+def tokens_of(
+    q: Any, kv_heads: int, tail_mask: Any, starts: Array, kv_lens: Array, lo: Array, hi: Array
+) -> tuple[Tokens, Array]:
+    """The tokens of a call, and the sequence of each.
+
+    Where more than 64 query heads share a KV head, tiles of fewer read that head several times:
+    `q` has as many heads as `kv_heads` times those tiles.
+    """
+    total, q_heads, width = q.shape
+    whole = q_heads // kv_heads
+    share = next(n for n in range(1, whole + 1) if whole % n == 0 and whole <= n * ROWS)
+    owner = owners(starts, total)
+    words = jnp.zeros((total, 0), jnp.uint32) if tail_mask is None else jnp.asarray(tail_mask)
+    q = jnp.asarray(q).astype(jnp.bfloat16).reshape(total, -1, whole // share, width)
+    tail = jax.lax.bitcast_convert_type(words, jnp.int32)
+    return Tokens(q, lo, jnp.minimum(hi, kv_lens[owner]), tail, starts, kv_lens), owner
 
 
 class Tiles(NamedTuple):
@@ -55,10 +74,8 @@ def cut(tokens: Tokens, wanted: Array, size: int) -> tuple[Tiles, Array]:
 
 def rows(tokens: Tokens, tiles: Tiles, consumers: int, per_group: int) -> tuple[Array, ...]:
     """`q, lo, hi, tail, bounds` of the kernels; `per_group` tokens go to one warpgroup."""
-    n, total = tiles.seq.shape[0], tokens.q.shape[0]
-    kv_heads, group, width = tokens.q.shape[1:]
-    place = jnp.arange(consumers * per_group, dtype=jnp.int32)
-    token = jnp.clip(tiles.first[:, None] + place, 0, total - 1)
+    n, group = tiles.seq.shape[0], tokens.q.shape[2]
+    place, token = _tokens_in(tiles, consumers * per_group, tokens.q.shape[0])
     live = place < tiles.length[:, None]
     lo, hi = tokens.lo[token], tokens.hi[token]
     live = live & (lo < hi)
@@ -69,9 +86,7 @@ def rows(tokens: Tokens, tiles: Tiles, consumers: int, per_group: int) -> tuple[
         x = jnp.repeat(x.reshape(n, consumers, per_group), group, axis=2)
         return jnp.pad(x, ((0, 0), (0, 0), (0, ROWS - group * per_group)))
 
-    q = tokens.q[token].reshape(n, consumers, per_group, kv_heads, group, width)
-    q = q.transpose(0, 3, 1, 2, 4, 5).reshape(n, kv_heads, consumers, per_group * group, width)
-    q = jnp.pad(q, ((0, 0), (0, 0), (0, 0), (0, ROWS - per_group * group), (0, 0)))
+    q = by_head(tokens.q, tiles, consumers, per_group)
     words = tokens.tail.shape[1]
     tail = [spread(tokens.tail[token, i]) for i in range(words)] or [spread(lo)]
     kv_len = tokens.kv_lens[tiles.seq]
@@ -92,22 +107,34 @@ def rows(tokens: Tokens, tiles: Tiles, consumers: int, per_group: int) -> tuple[
     return q, spread(lo), spread(hi), jnp.stack(tail, axis=2), bounds.astype(jnp.int32)
 
 
-def collect(
-    o: Array, lse: Array, tile: Array, place: Array, group: int, per_group: int
-) -> tuple[Array, Array]:
+def by_head(x: Array, tiles: Tiles, consumers: int, per_group: int) -> Array:
+    """`x[tokens, kv_heads, group, width]` as rows `[tiles, kv_heads, consumers, 64, width]`.
+
+    Rows left over are zero; rows past a tile's tokens are those of some other token.
+    """
+    _, kv_heads, group, width = x.shape
+    _, token = _tokens_in(tiles, consumers * per_group, x.shape[0])
+    x = x[token].reshape(-1, consumers, per_group, kv_heads, group, width)
+    x = x.transpose(0, 3, 1, 2, 4, 5).reshape(-1, kv_heads, consumers, per_group * group, width)
+    return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, ROWS - per_group * group), (0, 0)))
+
+
+def _tokens_in(tiles: Tiles, size: int, total: int) -> tuple[Array, Array]:
+    """Places in a tile, and the token at each place of each tile."""
+    place = jnp.arange(size, dtype=jnp.int32)
+    return place, jnp.clip(tiles.first[:, None] + place, 0, total - 1)
+
+
+def collect(x: Any, tile: Array, place: Array, group: int, per_group: int) -> Array:
     """The rows of token `place[t]` of tile `tile[t]`: `[tokens, kv_heads, group, ...]`.
 
-    `o` is `[tiles, kv_heads, consumers, rows, width]`, `lse` without the last axis.
+    `x` is `[tiles, kv_heads, consumers, rows, ...]`.
     """
-    tiles, kv_heads, consumers = lse.shape[:3]
-    inside = per_group * group
-
-    def pick(x: Any) -> Array:
-        x = x[:, :, :, :inside].reshape(tiles, kv_heads, consumers, per_group, group, *x.shape[4:])
-        return x[tile, :, place // per_group % consumers, place % per_group]
-
+    tiles, kv_heads, consumers = x.shape[:3]
+    x = x[:, :, :, : per_group * group]
+    x = x.reshape(tiles, kv_heads, consumers, per_group, group, *x.shape[4:])
     tile = jnp.clip(tile, 0, tiles - 1)
-    return pick(o), pick(lse)
+    return x[tile, :, place // per_group % consumers, place % per_group]
 
 
 def owners(starts: Array, total: int) -> Array:

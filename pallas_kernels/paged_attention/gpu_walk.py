@@ -5,6 +5,7 @@ import math
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental import pallas as pl
 
 from kvjax.pallas_kernels.compat import mosaic_gpu as plgpu
@@ -14,6 +15,9 @@ from kvjax.pallas_kernels.tuning import rule
 # Columns of `bounds`, one row per tile: which sequence, and what its query rows see.
 SEQ, KV_LEN, FIRST, LAST, DENSE_LO, DENSE_HI = range(6)
 
+_SHARED = 227 * 1024  # bytes of shared memory that a thread block of an H100 may have
+_ALIGNED = 1024  # where a buffer may begin
+_REDUCTIONS = 2048  # what the compiler keeps for its own reductions
 WIDE = 320  # channels of a key: with more, rows and keys leave shared memory for little else
 
 
@@ -123,7 +127,29 @@ class Walk:
         return 8 if self.width > WIDE else math.gcd(self.v_width, most)
 
 
-# 227 KiB of shared memory. Decode leaves room for a second thread block on the same processor,
+def shared_bytes(scratch: dict[str, Any]) -> int:
+    """Shared memory of a kernel's buffers and barriers, as the compiler lays them out."""
+    total = _REDUCTIONS
+    for ref in scratch.values():
+        if isinstance(ref, plgpu.Barrier):
+            total += 8 * int(np.prod(ref.num_barriers))  # a tuple from jax 0.12 on
+        else:
+            size = math.prod(ref.shape) * jnp.dtype(ref.dtype).itemsize
+            total += -(-size // _ALIGNED) * _ALIGNED
+    return total
+
+
+def require_fit(walk: Walk, scratch: dict[str, Any]) -> None:
+    """Raises NotImplementedError if a kernel's `scratch` exceeds shared memory."""
+    needed = shared_bytes(scratch)
+    if needed > _SHARED:
+        raise NotImplementedError(
+            f"gpu: block={walk.block}, stages={walk.stages}, ahead={walk.ahead} of keys of "
+            f"{walk.width} channels need {needed} bytes of shared memory, of {_SHARED}"
+        )
+
+
+# Decode leaves room for a second thread block on the same processor,
 # whose copies run while this one computes, wherever the width allows.
 @rule("paged_attention/gpu_decode")
 def _decode_sizes(*, head_dim: int, page_size: int, bits: int) -> dict[str, int]:

@@ -45,11 +45,10 @@ def _moved_scaled(
     width: int,
 ) -> PackedPages:  # fmt: skip
     """The same of int8 and float8 rows, whose keys get a new scale; values only with a patch."""
-    half = _lanes_of_a_scale(pages, width, patch_v is None)
+    half = lanes_of_a_scale(pages, width, patch_v is None)
     latent = half > pages.kv.shape[3] // 2
     span = unpack_span(rows, pages.kv_heads, (half, None if latent else half))
-    k = moved_keys(decode(span.k, span.k_scale), cos, sin, _padded(patch, half), frame, offset)
-    k, k_scale = encode(k, pages.kv.dtype)
+    k, k_scale = turned_keys(span.k, span.k_scale, cos, sin, patch, frame, offset)
     v, v_scale = span.v, span.v_scale
     if v is not None and patch_v is not None:
         v = decode(v, v_scale) + _wide(dense(patch_v), half)
@@ -57,7 +56,27 @@ def _moved_scaled(
     return pack_span(KVSpan(k, v, k_scale, v_scale), pages)
 
 
-def _lanes_of_a_scale(pages: PackedPages, width: int, may_be_latent: bool) -> int:
+def turned_keys(
+    k: Array, k_scale: Array | None, cos, sin, patch: Array | None, frame: str, offset: int
+) -> tuple[Array, Array | None]:
+    """Scaled keys, patched and turned, with their new scales."""
+    turned = moved_keys(
+        decode(k, k_scale), cos, sin, _padded(patch, k.shape[2]), frame, offset
+    )  # fmt: skip
+    return encode(turned, k.dtype)
+
+
+def shifted_keys(
+    rows: PackedPages, pages: PackedPages, cos, sin, offset: int
+) -> tuple[PackedPages, int]:
+    """Scaled rows with turned keys, and the lanes of these; other lanes and scales are zero."""
+    half = lanes_of_a_scale(pages, offset + 2 * cos.shape[1], True)
+    span = unpack_span(rows, pages.kv_heads, (half, None))
+    k, k_scale = turned_keys(span.k, span.k_scale, cos, sin, None, "source", offset)
+    return pack_span(KVSpan(k, None, k_scale, None), pages), half
+
+
+def lanes_of_a_scale(pages: PackedPages, width: int, may_be_latent: bool) -> int:
     """Lanes that share the scale of the keys: half of them, all of a latent row."""
     half = pages.kv.shape[3] // 2
     if width > half:

@@ -21,6 +21,8 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from tests.aot.cuda_candidates import candidates
+
 MODELS = {  # query heads, KV heads, head_dim, sliding window
     "SmolLM2-135M": (9, 3, 64, None),
     "Llama-3-8B": (32, 8, 128, None),
@@ -125,6 +127,41 @@ def layer_pages(
     if latent:
         return LayerPages(pool, None, scale), pool
     return LayerPages(pool, pool, scale, scale), pool
+
+
+def mass(
+    target: Target, model: str, *, dtype: str = "uint16", tokens: int = 256, segments: int = 8,
+    words: int = 0, pages_per_seq: int = 256,
+) -> dict[str, Any]:  # fmt: skip
+    """`attention_mass` of `tokens` query tokens of two sequences."""
+    import jax.numpy as jnp
+    import numpy as np
+
+    from kvjax.pallas_kernels import attention_mass
+
+    latent = model in LATENT
+    q_heads, kv_heads, head_dim, _ = (LATENT[model], 1, 576, None) if latent else MODELS[model]
+    shape = (_pages_of(model), kv_heads, 64, head_dim)
+    pages, pool = layer_pages(target, shape, dtype, latent)
+    ints = functools.partial(target.array, dtype=np.int32)
+
+    def call(q, lse, pages, tables, starts, kv_lens, lo, hi, edges, tail_mask):
+        return attention_mass(
+            q, lse, pages, tables, starts, kv_lens, lo, hi, scale=head_dim**-0.5,
+            segment_starts=edges, tail_mask=tail_mask, value_width=512 if latent else None,
+            backend="gpu",
+        )  # fmt: skip
+
+    compiled = target.compile(
+        call,
+        target.array((tokens, q_heads, head_dim), jnp.bfloat16),
+        target.array((tokens, q_heads), np.float32),
+        pages,
+        ints((2, pages_per_seq)), ints((3,)), ints((2,)), ints((tokens,)), ints((tokens,)),
+        ints((2, segments + 1)) if segments else None,
+        target.array((tokens, words), np.uint32) if words else None,
+    )  # fmt: skip
+    return check(compiled, pool, pools=1 if latent else 2, in_place=0)
 
 
 def cascade(target: Target, model: str, *, seqs: int = 32, page_size: int = 64) -> dict[str, Any]:
@@ -297,6 +334,13 @@ def cases() -> Iterator[tuple[str, Callable[[Target], dict[str, Any]]]]:
                 f"prefill {name} {model}",
                 functools.partial(of, seqs=8, tokens=1024, max_query_len=None),
             )
+    for model in (*MODELS, "DeepSeek-V3"):
+        yield f"mass {model}", functools.partial(mass, model=model)
+    for model, dtype in (("Llama-3-8B", "int8"), ("DeepSeek-V3", "uint8")):
+        yield f"mass {dtype} {model}", functools.partial(mass, model=model, dtype=dtype, words=2)
+    yield "mass without segments", functools.partial(mass, model="Llama-3-8B", segments=0)
+    long = {"tokens": 4096, "segments": 64, "pages_per_seq": 1024}
+    yield "mass in turns", functools.partial(mass, model="Llama-3-8B", **long)
     for model in LATENT:
         for name, dtype in (("", "uint16"), (" int8", "int8"), (" float8", "uint8")):
             of = functools.partial(attention, model=model, dtype=dtype, num_pages=262144)
@@ -314,6 +358,29 @@ def cases() -> Iterator[tuple[str, Callable[[Target], dict[str, Any]]]]:
         yield f"copy_pages {name}", functools.partial(page_copy, **of_llama)
         yield f"write_slots {name} by xla", functools.partial(quantise, **of_llama)
     yield "shift, pages of 16", functools.partial(rotary_shift, model="SmolLM2-135M", page_size=16)
+    yield from candidates(_TUNED, (*MODELS, *LATENT))
+
+
+def _decode(target: Target, model: str) -> dict[str, Any]:
+    return attention(target, model, seqs=16, tokens=16, max_query_len=1, num_pages=_pages_of(model))
+
+
+def _prefill(target: Target, model: str) -> dict[str, Any]:
+    return attention(
+        target, model, seqs=4, tokens=512, max_query_len=None, num_pages=_pages_of(model)
+    )
+
+
+_TUNED = {
+    "paged_attention/gpu_decode": _decode,
+    "paged_attention/gpu_prefill": _prefill,
+    "attention_mass/gpu_keys": mass,
+}
+
+
+def _pages_of(model: str) -> int:
+    """So many that the rows of a call are little beside its pool."""
+    return 262144 if model in LATENT else 65536
 
 
 def missing() -> str | None:
@@ -327,10 +394,10 @@ def missing() -> str | None:
     return None
 
 
-def _child(first: int, last: float) -> None:
+def _child(first: int, last: float, only: str) -> None:
     """Runs the cases from `first` on; one JSON line each."""
     target = None
-    for number, (name, run) in enumerate(cases()):
+    for number, (name, run) in enumerate(chosen(only)):
         if number < first:
             continue
         start = time.perf_counter()
@@ -347,12 +414,18 @@ def _child(first: int, last: float) -> None:
         print(json.dumps(row | {"seconds": round(time.perf_counter() - start, 2)}), flush=True)
 
 
-def run(minutes: float = 10.0) -> list[dict[str, Any]]:
+def chosen(only: str) -> list[tuple[str, Callable[[Target], dict[str, Any]]]]:
+    """The cases whose name has `only` in it."""
+    return [case for case in cases() if only in case[0]]
+
+
+def run(minutes: float, only: str) -> list[dict[str, Any]]:
     """Prints and returns all cases; their process is started again when a case kills it."""
-    last, rows, total = time.time() + 60 * minutes, [], len(list(cases()))
+    last, rows, total = time.time() + 60 * minutes, [], len(chosen(only))
     env = os.environ | {"JAX_PLATFORMS": "cpu"}
     while len(rows) < total:
-        command = [sys.executable, "-m", "tests.aot.cuda", "--child", str(len(rows)), str(last)]
+        command = [sys.executable, "-m", "tests.aot.cuda", "--only", only]
+        command += ["--child", str(len(rows)), str(last)]
         with tempfile.TemporaryFile("w+") as errors:
             child = subprocess.Popen(
                 command, stdout=subprocess.PIPE, stderr=errors, text=True, env=env
@@ -387,6 +460,8 @@ def line(row: dict[str, Any]) -> str:
         return f"FAILED   {row['case']:28} {row['error']}"
     if "skipped" in row:
         return f"skipped  {row['case']:28} {row['skipped']}"
+    if "refused" in row:
+        return f"refused  {row['case']:28} {row['refused']}"
     share = 100 * row["temp_bytes"] / row["pool_bytes"]
     return (
         f"ok       {row['case']:28} {row['seconds']:6.1f} s  pool {row['pool_bytes'] >> 20} MiB, "
@@ -398,15 +473,16 @@ def main() -> int:
     """Prints a line per case; 1 if one failed. What cannot run is skipped with the reason."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--minutes", type=float, default=10.0)
+    parser.add_argument("--only", default="", help="part of a case's name")
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
-        _child(int(args.child[0]), float(args.child[1]))
+        _child(int(args.child[0]), float(args.child[1]), args.only)
         return 0
     if why := missing():
         print(f"skipped  all CUDA cases: {why}")
         return 0
-    return int(any("error" in row for row in run(args.minutes)))
+    return int(any("error" in row for row in run(args.minutes, args.only)))
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import pytest
 from kvjax.benchmarks import kernel_cases, kernel_peers, kernel_tuning, kernels
 from kvjax.benchmarks.kernel_cases import Case, Heads, Sizes, Subject
 from kvjax.pallas_kernels import OPERATIONS, PackedPages, packs, tuning
+from kvjax.pallas_kernels.attention_mass import gpu as mass  # noqa: F401  (its rule)
 from kvjax.pallas_kernels.paged_attention import gpu_blocks, tpu  # noqa: F401  (their rules)
 from tests.benchmarks.result_schema import complaints
 
@@ -39,7 +40,9 @@ def test_every_case_gives_a_row_of_ours_with_its_shares_of_the_ceilings(record):
     assert record["status"] == "complete"
     names = [c.name for c in kernel_cases.cases(TINY, "float32")]
     ours = [r for r in record["rows"] if r["subject"].startswith("kvjax")]
-    assert [r["case"] for r in ours if r["subject"] != "kvjax without"] == [*names, names[-1]]
+    twice = names.index("recompute 15 %")
+    names.insert(twice, names[twice])
+    assert [r["case"] for r in ours if r["subject"] != "kvjax without"] == names
     for row in ours:
         assert len(row["seconds"]) == 2
         assert row["bytes"] > 0
@@ -128,6 +131,17 @@ def test_tuning_records_what_beats_the_rule_by_more_than_noise(
     made = kernel_tuning.Tunable("op/kernel", "op", "gpu", {"block": (32, 512)}, lambda *_: [])
     assert kernel_tuning.tune(made, TINY, "float32", 1) == recorded
     assert (tables / "op.json").exists() == (recorded is not None)
+
+
+def test_sizes_that_the_kernel_refuses_are_not_timed_and_no_other_backend_steps_in(
+    tables, monkeypatch
+):
+    """On a CPU the gpu backend refuses everything, and xla would give a number for it."""
+    (keys,) = (t for t in kernel_tuning.TUNABLES if t.kernel == "attention_mass/gpu_keys")
+    monkeypatch.setattr(kernel_tuning, "Timer", lambda _: pytest.fail("something was timed"))
+    told = kernel_tuning._seconds(keys, TINY, "bfloat16", 1)
+    assert told == f"refused, gpu: the platform is {jax.default_backend()}"
+    assert "xla" in OPERATIONS["attention_mass"].order("cpu")
 
 
 def test_a_device_without_block_sizes_says_so(capsys, monkeypatch):

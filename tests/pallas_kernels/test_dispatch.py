@@ -44,6 +44,12 @@ def test_a_backend_asked_for_by_name_runs_or_raises(operation):
         operation(1, 2, backend="fast")
 
 
+def test_for_a_time_calls_can_be_held_to_one_backend_and_its_refusal(operation):
+    with operation.only("picky"), pytest.raises(NotImplementedError, match="four arguments"):
+        operation(1, 2)
+    assert operation(1, 2) == 3
+
+
 def test_an_error_inside_a_backend_is_not_taken_for_a_refusal(operation):
     def broken(*args):
         raise ValueError("wrong shape")
@@ -71,7 +77,11 @@ def test_explain_names_the_choice_and_why_not_the_others(operation):
 
 
 def test_every_operation_has_a_specification_and_runs_on_every_platform():
-    for name in ("paged_attention", "page_ops.write_slots", "page_ops.copy_pages"):
+    for name in (
+        "paged_attention", "merge_states", "attention_mass", "reposition", "page_ops.write_slots",
+        "page_ops.gather_slots", "page_ops.copy_pages", "page_ops.export_span",
+        "page_ops.import_span",
+    ):  # fmt: skip
         operation = OPERATIONS[name]
         assert "reference" in operation.implementations
         for platform in ("cpu", "tpu", "cuda"):

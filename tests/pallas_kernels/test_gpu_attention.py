@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kvjax.pallas_kernels import LayerPages, PackedPages, hopper, paged_attention
+from kvjax.pallas_kernels import LayerPages, PackedPages, hopper, paged_attention, tuning
 from kvjax.pallas_kernels.compat import gpu_races, interpret_gpu
 from kvjax.pallas_kernels.paged_attention import gpu, gpu_blocks
 from tests.pallas_kernels.attention_cases import Heads, Problem, attend, causal, problem
@@ -263,6 +263,28 @@ def test_scales_too_short_for_a_copy_are_refused():
     p = problem(5, SMALL, [(20, causal(20, 2))], pages_per_seq=2, physical=np.int8)
     with pytest.raises(NotImplementedError, match="page_size=16: scales"), hopper.ahead_of_time():
         run(p)
+
+
+@pytest.mark.parametrize(
+    ("heads", "sizes", "bytes_needed"),
+    [
+        (MODELS["Llama-3-8B"], {"block": 128, "stages": 8}, 561424),
+        (LATENT["DeepSeek-V3"], {"block": 64, "stages": 3}, 303168),
+    ],
+    ids=["Llama-3-8B", "DeepSeek-V3"],
+)
+def test_blocks_that_exceed_shared_memory_are_refused_before_anything_is_compiled(
+    heads, sizes, bytes_needed
+):
+    """The bytes are those that Mosaic GPU of jax 0.12 names when it fails on such a kernel."""
+    p = problem(5, heads, [(20, causal(20, 1))], page_size=64, pages_per_seq=2, bfloat16=True)
+    tuning.try_sizes("paged_attention/gpu_decode", sizes)
+    why = f"gpu: block={sizes['block']}, stages={sizes['stages']}.* need {bytes_needed} bytes"
+    try:
+        with pytest.raises(NotImplementedError, match=why), hopper.ahead_of_time():
+            run(p, max_query_len=1)
+    finally:
+        tuning.try_sizes("paged_attention/gpu_decode", None)
 
 
 def test_packed_pages_are_refused():
