@@ -133,7 +133,7 @@ def rows(chosen: Sequence[Case], answers: dict[str, list[dict[str, Any]]]) -> li
     for library, rounds in answers.items():
         for number, case in enumerate(chosen):
             told = [answer["cases"][number] for answer in rounds]
-            row = {"library": library, "case": case.name, "kind": case.kind}
+            row: dict[str, Any] = {"library": library, "case": case.name, "kind": case.kind}
             row["spec_bytes"] = len(case.spec if isinstance(case.spec, str) else
                                     json.dumps(case.spec))  # fmt: skip
             errors = [one["error"] for one in told if "error" in one]

@@ -3,10 +3,7 @@
 import dataclasses
 import logging
 from collections.abc import Iterator
-from typing import Any
 
-import jax
-import jax.numpy as jnp
 import pytest
 
 from kvjax import runner as runner_module
@@ -17,31 +14,12 @@ from kvjax.request import SamplingParams
 from kvjax.runner import ladder
 from kvjax.sequence import Request
 from kvjax.shrink import smaller
-from kvjax.step import step
 from kvjax.step_plan import Limits, Portion, StepPlan
+from tests.small_device import Memory
 from tests.tiny_model import shared_engine, tiny_engine
 
 PROMPTS = ["one fox and nine hens", "two dogs run", "three", "four lazy cats in a den"]
 LIMITS = Limits(4, 64, 256, 64)
-
-
-class Memory:
-    """How large a step may be before the device has no memory for it."""
-
-    tokens, seqs = 32, 4
-
-    def step(self, model: Any, pages: Any, state: Any, batch: Any, *, decode: bool) -> Any:
-        """The real step; one that is too large also wants 4 TiB, which the device refuses."""
-        pages, state, out = step(model, pages, state, batch, decode=decode)
-        if batch.tokens.shape[0] > (self.seqs if decode else self.tokens):
-            none, one = jnp.minimum(batch.tokens[0], 0), jnp.ones((1,), jnp.int32)
-
-            def touch(i: Any, held: Any) -> Any:
-                return jax.lax.dynamic_update_slice(held, one, (i,))
-
-            held = jax.lax.fori_loop(0, none, touch, jnp.full((2**40,), none))
-            out = dataclasses.replace(out, tokens=out.tokens + held[none])
-        return pages, state, out
 
 
 @pytest.fixture(scope="module")

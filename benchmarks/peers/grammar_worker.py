@@ -65,7 +65,7 @@ class XGrammar:
     packages = ("xgrammar", "torch", "transformers")
 
     def __init__(self, task: dict[str, Any]) -> None:
-        import xgrammar
+        import xgrammar  # type: ignore[import-not-found]
 
         self._lib = xgrammar
         special = set(task["special"])

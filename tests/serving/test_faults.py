@@ -11,8 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from kvjax import runner
 from kvjax.decode import LOGIT_STAGES, register_stage
 from tests.serving.live_server import Client, serving, until
+from tests.small_device import Memory
 
 PROMPTS = ["one fox", "two dogs run", "three", "four lazy cats"]
 BODY = {"max_tokens": 12, "temperature": 1, "seed": 7, "ignore_eos": True}
@@ -83,6 +85,34 @@ def test_a_stream_that_fails_ends_with_an_error_event(fragile):
     assert '"code":"step_failed"' in text
     assert text.endswith("data: [DONE]\n\n")
     fragile.settled()
+
+
+def test_a_device_out_of_memory_gets_smaller_steps_says_so_and_changes_no_token(
+    served, tiny_path, caplog, monkeypatch
+):
+    alone = [ask(served, prompt)[1]["choices"] for prompt in PROMPTS]
+    memory = Memory()
+    memory.tokens, memory.seqs = 16, 2
+    monkeypatch.setattr(runner, "step", memory.step)
+    with (
+        serving(tiny_path) as client,
+        concurrent.futures.ThreadPoolExecutor(8) as pool,
+        caplog.at_level(logging.WARNING, "kvjax"),
+    ):
+        assert client.metric("out_of_memory_total") == 0
+        asked = [pool.submit(ask, client, prompt) for prompt in PROMPTS]
+        streamed = client.stream("/v1/completions", {**BODY, "prompt": PROMPTS[0]})
+        assert [request.result()[0] for request in asked] == [200] * len(PROMPTS)
+        assert [request.result()[1]["choices"] for request in asked] == alone
+        assert "".join(e["choices"][0]["text"] for e in streamed) == alone[0][0]["text"]
+        said = [text for text in caplog.messages if "ran out of memory" in text]
+        assert client.metric("out_of_memory_total") == len(said) == 2
+        assert client.metric("step_token_budget") == 16
+        assert client.metric("step_sequence_budget") == 2
+        assert client.get("/health") == (200, {"status": "ok"})
+        assert ask(client, PROMPTS[1])[1]["choices"] == alone[1]
+        assert client.metric("out_of_memory_total") == 2, "what was too large is not tried again"
+        client.settled()
 
 
 def test_a_step_that_hangs_turns_health_red_until_it_is_over(fragile, caplog):
