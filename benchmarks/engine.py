@@ -117,6 +117,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Runs the benchmark and prints its tables; 0, or 1 if any target has an error row."""
+    results.require_writable(args.out / "any")
     console = Console()
     gguf = args.gguf or _default_gguf()
     ids = prompts.tokenise(gguf)

@@ -36,6 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measures, prints and writes."""
+    results.require_writable(args.out)
     sizes: dict[str, Any] = {
         "max_model_len": _CONTEXT,
         "max_num_seqs": _STREAMS,

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from kvjax.benchmarks import manifest
-from kvjax.benchmarks.results import write_json
+from kvjax.benchmarks.results import require_writable, write_json
 
 VERSION = 1
 
@@ -36,6 +36,7 @@ def run(args: argparse.Namespace) -> int:
 
     from kvjax.benchmarks import kernel_cases as cases
 
+    require_writable(args.out)
     sizes = {"cpu": cases.CPU, "tpu": cases.TPU}.get(jax.default_backend(), cases.GPU)
     if args.quick:
         sizes = dataclasses.replace(sizes, **cases.QUICK)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from kvjax.benchmarks import engine_manifest, manifest, prompts
-from kvjax.benchmarks.results import VERSION, write_json
+from kvjax.benchmarks.results import VERSION, require_writable, write_json
 
 _PROMPT, _DECODE = 512, 127
 _HIT, _SUFFIX = 1500, 32
@@ -31,6 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measures and writes after every dtype."""
+    require_writable(args.out)
     record: dict[str, Any] = {
         "version": VERSION,
         "command": "overhead",

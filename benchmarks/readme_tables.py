@@ -13,7 +13,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from kvjax.benchmarks import reuse_methods, reuse_results, reuse_table
+from kvjax.benchmarks import readme_serve, reuse_methods, reuse_results, reuse_table
+from kvjax.benchmarks.readme_serve import line as _line
 
 FOLDER = Path(__file__).resolve().parent / "results"
 _TARGETS = {  # in the results -> in the tables
@@ -174,16 +175,14 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "kernels": kernel_table,
     "reuse-quality": reuse_quality,
     "reuse-speed": reuse_speed,
+    "serving": readme_serve.serving,
+    "offline": readme_serve.offline,
 }
 
 
 def _runs(folder: Path, command: str) -> Iterator[dict[str, Any]]:
     for path in sorted(folder.glob(f"{command}-*.json")):
         yield json.loads(path.read_text(encoding="utf-8"))
-
-
-def _line(*cells: str) -> str:
-    return "| " + " | ".join(cells) + " |" if cells[0] else "| | " + " | ".join(cells[1:]) + " |"
 
 
 def _rule(kind: str, columns: int) -> str:

@@ -21,7 +21,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from kvjax.benchmarks import corpora, manifest, reuse_methods, reuse_results, reuse_table
+from kvjax.benchmarks import corpora, manifest, results, reuse_methods, reuse_results, reuse_table
 from kvjax.benchmarks.corpora import Corpus, Generate, Generation
 from kvjax.benchmarks.reuse_reading import Instrument
 from kvjax.benchmarks.reuse_results import ResultFile
@@ -59,6 +59,7 @@ def run(args: argparse.Namespace, open_instrument: OpenInstrument | None = None)
         print(reuse_table.markdown(reuse_results.read(args.output)), end="")
         return 0
     names, specs, count = chosen(args)
+    results.require_writable(args.output)
     if args.output.exists() and not args.resume:
         raise ValueError(f"{args.output} exists; --resume continues it")
     if open_instrument is None:

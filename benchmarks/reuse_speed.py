@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from kvjax.benchmarks import engine_manifest, manifest, prompts
-from kvjax.benchmarks.results import VERSION, write_json
+from kvjax.benchmarks.results import VERSION, require_writable, write_json
 
 METHODS = (
     "naive", "epic:k=16", "random:ratio=0.15", "fusionrag:ratio=0.15,neighbours=0",
@@ -43,6 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measures and writes after every method."""
+    require_writable(args.out)
     from kvjax.reuse import parse
 
     for spec in (*args.methods, args.sustained):

@@ -105,7 +105,10 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--python", default=sys.executable, help="the Python to make it with")
     args = parser.parse_args()
-    PEERS[args.name](Environment(args.folder.expanduser(), args.python))
+    try:
+        PEERS[args.name](Environment(args.folder.expanduser(), args.python))
+    except (subprocess.CalledProcessError, OSError) as error:
+        raise SystemExit(f"{args.name} was not installed in {args.folder}: {error}") from error
     print(f"{args.name} is installed in {args.folder}")
 
 

@@ -38,6 +38,8 @@ class Target:
             "disable_log_stats": False,  # keeps the first-token times
         }
         if streams:
+            import vllm.v1.engine.async_llm  # noqa: F401  (what is missing is said here)
+
             self.options, self.engine = options, None  # made in the event loop that uses it
         else:
             from vllm import LLM

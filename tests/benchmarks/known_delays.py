@@ -17,6 +17,7 @@ class KnownDelays:
         self.first, self.gap, self.model = first, gap, model
         self.fail_on, self.die_after = fail_on, die_after  # numbers of requests
         self.bodies, self.running, self.most, self.resets = [], 0, 0, 0
+        self.profiles = []
         self.outputs = []  # per request, seconds from its coming to each output
 
     async def __aenter__(self):
@@ -39,6 +40,9 @@ class KnownDelays:
     async def _answer(self, line, body, writer):
         if line == ["GET", "/v1/models"]:
             return self._whole(writer, 200, {"data": [{"id": self.model}]})
+        if line[1] in ("/start_profile", "/stop_profile"):
+            self.profiles.append(line[1])
+            return self._whole(writer, 200, {})
         if line[1] == "/v1/kv/reset":
             self.resets += 1
             return self._whole(writer, 200, {})

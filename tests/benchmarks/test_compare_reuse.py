@@ -1,8 +1,10 @@
 import numpy as np
+import pytest
 
 from kvjax.benchmarks import samples
 from kvjax.benchmarks.__main__ import main
 from kvjax.benchmarks.compare import NOISE, REGRESSION, compare, paired_ratio
+from kvjax.benchmarks.results import append_json
 from kvjax.benchmarks.reuse_results import ResultFile
 from kvjax.benchmarks.samples import Sample
 from tests.benchmarks.readings import reading
@@ -63,15 +65,13 @@ def test_pairs_are_of_the_items_that_both_have():
     b = Sample((2.0, 4.0), "s", False, ("x", "y"))
     between = paired_ratio(a, b)
     assert between is not None
-    assert (between.value, between.low, between.high) == (2.0, 2.0, 2.0)
+    assert (between.value, between.low, between.high) == pytest.approx((2.0, 2.0, 2.0))
     assert paired_ratio(a, Sample((1.0,), "s", False, ("w",))) is None
 
 
 def test_the_newest_of_appended_results_is_compared(tmp_path):
     rows = [{"command": "latency", "latencies": [1.0]}, {"command": "latency", "latencies": [2.0]}]
     path = tmp_path / "many.jsonl"
-    from kvjax.benchmarks.results import append_json
-
     for row in rows:
         append_json(path, row)
     assert samples.read_all(path) == rows

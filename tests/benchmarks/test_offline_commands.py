@@ -22,6 +22,8 @@ def run(tmp_path, *words):
     record = json.loads(out.read_text())
     assert complaints(record) == []
     assert record["status"] == "complete"
+    assert record["peak_rss_mib"] > 50
+    assert record["programs"] > 0
     return record
 
 
@@ -32,6 +34,8 @@ def test_latency_is_measured_and_compares_with_itself(tmp_path, model, capsys):
     record = run(tmp_path, "latency", f"--model={model}", *words)
     assert len(record["latencies"]) == 3
     assert record["compiles"] == 0
+    assert record["cache_hit_rate"] == 0
+    assert 0 < record["share_of_compute"] < 1
     assert record["manifest"]["engine"]["cache"]["enable_prefix_caching"] is False
     assert "Avg latency:" in capsys.readouterr().out
     assert main(["compare", str(tmp_path / "r.json"), str(tmp_path / "r.json")]) == 0
@@ -44,6 +48,8 @@ def test_throughput_is_measured_by_rounds(tmp_path, model, capsys):
     record = run(tmp_path, "throughput", f"--model={model}", *words, "--rounds=2")
     assert record["total_num_tokens"] == 2 * 4 * (16 + 8 + 4)
     assert len(record["rounds"]) == 2
+    assert record["steps"] > 0
+    assert 0 < record["share_of_bandwidth"] < 1
     assert 0 < record["num_cached_tokens"] < 2 * 4 * 24
     assert "total tokens/s" in capsys.readouterr().out
     assert main(["compare", str(tmp_path / "r.json"), str(tmp_path / "r.json")]) == 0
@@ -96,8 +102,16 @@ def test_what_cannot_be_measured_is_said(tmp_path, capsys, words, said):
     assert not (tmp_path / "r.json").exists()
 
 
-@pytest.mark.parametrize("command", ["latency", "throughput", "startup"])
-def test_an_unwritable_folder_is_said_first(tmp_path, capsys, command):
+@pytest.mark.parametrize(("command", "option"), [
+    ("latency", "--output-json"), ("throughput", "--output-json"), ("startup", "--output-json"),
+    ("kernels", "--out"), ("overhead", "--out"), ("http", "--out"), ("reuse-speed", "--out"),
+    ("reuse", "--output"), ("engine", "--out"), ("report", "--output"),
+])  # fmt: skip
+def test_an_unwritable_folder_is_said_first(tmp_path, capsys, command, option):
     (tmp_path / "file").touch()
-    assert main([command, f"--output-json={tmp_path}/file/r.json"]) == 2
+    words = [command, f"{option}={tmp_path}/file/r.json"]
+    if command == "report":
+        (tmp_path / "a.json").write_text('{"command": "latency", "latencies": [1.0]}')
+        words.append(f"{tmp_path}/a.json")
+    assert main(words) == 2
     assert "cannot write results to" in capsys.readouterr().err

@@ -19,7 +19,8 @@ COMMITTED = sorted(
 )
 SERVED = {
     "command": "serve", "backend": "kvjax", "completed": 2, "output_throughput": 50.0,
-    "manifest": {"workload": {"name": "rag"}}, "request_throughput": 2.0, "median_e2el_ms": 300.0, "cache_hit_rate": 0.25, "failures": [
+    "manifest": {"workload": {"name": "rag"}},
+    "request_throughput": 2.0, "median_e2el_ms": 300.0, "cache_hit_rate": 0.25, "failures": [
         {"target": "vllm", "error": "no <environment>"}],
     "ttfts": [0.1, 0.2], "itls": [[0.1], [0.2]], "latencies": [0.2, 0.4], "output_lens": [2, 2],
     "peers": {"llamacpp": {"output_throughput": 40.0, "median_e2el_ms": 200.0}},
@@ -92,17 +93,14 @@ def test_reuse_is_speed_against_quality():
 def test_a_load_tells_two_runs_of_one_target_apart():
     runs = {"a": {**SERVED, "max_concurrency": 4}, "b": {**SERVED, "request_rate": 2.0}}
     found = report.plots(runs, {})
-    assert [s.name for s in found["first-token-rag"].series] == [
-        "kvjax, 4 at a time",
-        "kvjax, 2.0/s",
-    ]
+    names = [s.name for s in found["first-token-rag"].series]
+    assert names == ["kvjax, 4 at a time", "kvjax, 2.0/s"]
     assert len(found["frontier-rag"].series[0].points) == 2
 
 
 def test_no_words_of_any_plot_of_the_committed_results_overlap():
     runs = {p.name: report.samples.read(p) for p in COMMITTED}
-    reuse = {name: run.pop("results") for name, run in runs.items() if "results" in run and
-             run["command"] == "reuse"}  # fmt: skip
+    reuse = {n: r["results"] for n, r in runs.items() if report.samples.command(r) == "reuse"}
     found = report.plots({n: r for n, r in runs.items() if n not in reuse}, reuse)
     assert found
     for name, one in found.items():
@@ -164,8 +162,8 @@ def test_a_browser_shows_the_page(tmp_path):
     (tmp_path / "a.json").write_text(json.dumps(SERVED))
     page, shot = tmp_path / "r.html", tmp_path / "shot.png"
     assert main(["report", str(tmp_path / "a.json"), "-o", str(page)]) == 0
-    words = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}/u",
-             "--window-size=1000,1400", f"--screenshot={shot}", page.as_uri()]  # fmt: skip
+    words = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--window-size=1000,1400",
+             f"--user-data-dir={tmp_path}/u", f"--screenshot={shot}", page.as_uri()]  # fmt: skip
     subprocess.run(words, check=True, capture_output=True, timeout=120)
     assert shot.stat().st_size > 20_000  # an empty page has 6,000
 

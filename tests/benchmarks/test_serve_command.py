@@ -60,6 +60,10 @@ def test_an_engine_in_process_is_measured(tmp_path, model, capsys):
     assert record["programs"] > 0
     assert record["compile_seconds"] > 0
     assert 0 < record["padding_waste"] < 1
+    assert record["steps"] >= 2 * 4 * 5
+    assert 0 < record["share_of_compute"] < 1
+    assert 0 < record["share_of_bandwidth"] < 1
+    assert record["manifest"]["ceilings"]["matmul"] > 1e9
     assert record["total_cached_tokens"] in range(2 * 3 * 48, 2 * 3 * 51)  # of each round's last 3
     assert record["request_goodput"] == record["request_throughput"]
     assert record["max_concurrent_requests"] == 1
@@ -91,6 +95,66 @@ def test_a_server_is_measured_by_its_url(tmp_path, server):
     assert server.bodies[-1]["ignore_eos"] is True
     assert len(server.bodies) == 5  # one to warm up
     assert server.resets == 1
+
+
+def test_bodies_have_what_vllm_bench_sends(tmp_path, server):
+    words = ["--logprobs=2", "--use-beam-search", "--chat-template-kwargs", '{"think": false}',
+             "--lora-modules", "a", "b", "--lora-assignment=round-robin"]  # fmt: skip
+    status, _ = run(tmp_path, f"--base-url={server.url}", *SMALL, *words, "--max-concurrency=1")
+    assert status == 0
+    assert [body["model"] for body in server.bodies] == ["a", "b", "a", "b", "a"]
+    assert server.bodies[0]["logprobs"] == 2
+    assert server.bodies[0]["use_beam_search"] is True
+    assert server.bodies[0]["chat_template_kwargs"] == {"think": False}
+
+
+def test_waiting_for_the_cap_has_figures_of_its_own(tmp_path, server):
+    wanted = "--percentile-metrics=ttft,client_queue_time,e2el_including_client_queue"
+    _, record = run(tmp_path, f"--base-url={server.url}", *SMALL, "--max-concurrency=1", wanted)
+    assert complaints(record) == []
+    assert record["mean_client_queue_time_ms"] > 50  # three of four wait for others of 60 ms each
+    both = record["mean_e2el_ms"] + record["mean_client_queue_time_ms"]
+    assert record["mean_e2el_including_client_queue_ms"] == pytest.approx(both)
+    assert "p99_e2el_ms" not in record
+
+
+def test_probes_are_sent_beside_the_load_and_reported_apart(tmp_path, server):
+    status, record = run(
+        tmp_path, f"--base-url={server.url}", *SMALL, "--max-concurrency=1", "--num-warmups=0",
+        "--probe-request-rate=20",
+    )  # fmt: skip
+    assert (status, complaints(record)) == (0, [])
+    assert record["completed"] == 4
+    assert 2 <= record["probe_completed"] <= 10
+    assert 20 <= record["probe_median_e2el_ms"] <= record["probe_max_e2el_ms"]
+    assert sum(body["max_tokens"] == 1 for body in server.bodies) >= record["probe_completed"]
+
+
+def test_appended_results_are_lines_of_one_file_and_compare(tmp_path, server):
+    words = ["serve", f"--result-dir={tmp_path}", "--result-filename=r.jsonl", "--append-result",
+             f"--base-url={server.url}", *SMALL]  # fmt: skip
+    assert [main(words), main(words)] == [0, 0]
+    rows = [json.loads(line) for line in (tmp_path / "r.jsonl").read_text().splitlines()]
+    assert [row["status"] for row in rows] == ["complete", "complete"]
+    assert [path.name for path in tmp_path.iterdir()] == ["r.jsonl"]
+    paths = [str(tmp_path / "r.jsonl")] * 2
+    assert main(["compare", *paths]) == 0
+    assert main(["report", paths[0], "-o", str(tmp_path / "r.html")]) == 0
+
+
+def test_pages_of_the_requests_are_written_beside_the_result(tmp_path, server):
+    run(tmp_path, f"--base-url={server.url}", *SMALL, "--plot-timeline", "--plot-dataset-stats")
+    timeline = (tmp_path / "r.timeline.html").read_text()
+    assert timeline.count("<rect") >= 4 * 2 + 1
+    assert "time (s)" in timeline
+    stats = (tmp_path / "r.dataset_stats.html").read_text()
+    assert "Prompt lengths" in stats
+    assert "Answer lengths" in stats
+
+
+def test_a_server_s_profiler_is_started_and_stopped(tmp_path, server):
+    run(tmp_path, f"--base-url={server.url}", *SMALL, "--profile")
+    assert server.profiles == ["/start_profile", "/stop_profile"]
 
 
 def test_failed_requests_are_counted_and_the_others_kept(tmp_path, server):
@@ -137,6 +201,12 @@ def test_an_unwritable_folder_is_said_before_anything_is_measured(tmp_path, serv
     assert server.bodies == []
 
 
+@pytest.mark.parametrize("words", [["--use-beam-search"], ["--lora-modules", "a"]])
+def test_what_only_a_server_has_is_refused_in_process(tmp_path, capsys, words):
+    assert main(["serve", f"--result-dir={tmp_path}", *SMALL, *words]) == 2
+    assert f"{words[0]} is for a server: give its URL" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("words", "said"), [
     (["--goodput", "ttft"], "--goodput wants NAME:VALUE"),
     (["--goodput", "speed:3"], "--goodput wants"),
@@ -147,6 +217,7 @@ def test_an_unwritable_folder_is_said_before_anything_is_measured(tmp_path, serv
     (["--extra-body", "{"], "--extra-body is no JSON"),
     (["--dataset-name", "x"], "unknown workload 'x'"),
     (["--backend", "kvjax"], "leave --base-url out"),
+    (["--chat-template-kwargs", "[]"], "--chat-template-kwargs must be an object, got []"),
     (["--self-timed"], "needs a workload with time stamps"),
     (["--max-concurrency", "0"], "max_concurrency must be at least 1"),
 ])  # fmt: skip

@@ -1,5 +1,6 @@
 import asyncio
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -7,13 +8,16 @@ import pytest
 
 from kvjax.benchmarks import serve_peers
 from kvjax.benchmarks.__main__ import main
+from kvjax.benchmarks.client import Record
+from kvjax.benchmarks.peers import TARGETS, install
 from kvjax.benchmarks.serve_peers import WorkerServed, as_ids
 from kvjax.benchmarks.serve_rounds import Plan, Side, run_rounds
-from kvjax.benchmarks.workers import Target, UnequalWork, Worker
+from kvjax.benchmarks.workers import Target, UnequalWork, Worker, WorkerFailed
 from kvjax.benchmarks.workloads import Part, Request
 from tests.benchmarks.result_schema import complaints
 from tests.tiny_checkpoint import write_tiny_checkpoint
 
+BARE = Path(sys.executable)  # has no peer installed
 FAKE = Path(__file__).with_name("fake_target.py")
 REQUEST = Request((Part(token_ids=(1, 2, 3, 4)),), 3)
 
@@ -40,7 +44,7 @@ def open_side():
 def run(sides, rounds=2, requests=(REQUEST,) * 3, **how):
     plan = Plan(rounds=[requests] * rounds, times=[[0.0] * len(requests)] * rounds)
     asyncio.run(run_rounds(sides, plan, lambda: None, **how))
-    return [side.result(plan) for side in sides]
+    return [side.result(plan) if side.rounds else {} for side in sides]
 
 
 def test_every_side_gets_the_same_requests_and_its_own_times(open_side):
@@ -73,6 +77,55 @@ def test_unequal_work_is_refused_and_ends_that_side_alone(open_side):
     assert sides[0].failure == ""
     assert sides[1].failure == "short: 3 new tokens asked for, got 2"
     assert [len(side.rounds) for side in sides] == [2, 1]
+
+
+def test_another_prompt_than_was_sent_is_unequal_work():
+    quoting = Request((Part(token_ids=(1, 2)), Part(output_of=0)), 3)
+    answers = [Record(input_len=4, output_len=3), Record(input_len=5, output_len=3)]
+    serve_peers.require_equal_work(answers, [REQUEST, quoting], "fake")
+    answers[1].input_len = 4
+    with pytest.raises(UnequalWork, match="fake: a prompt of 5 tokens was sent, 4 ran"):
+        serve_peers.require_equal_work(answers, [REQUEST, quoting], "fake")
+
+
+def test_a_side_that_dies_fails_alone_and_the_others_go_on(open_side):
+    failed = []
+
+    def check(side, requests):
+        if side.failure:
+            failed.append(side.target.name)
+
+    sides = [open_side(name="lives"), open_side(name="dies")]
+    sides[1].target.worker._kill()
+    found = run(sides, check=check)
+    assert found[0]["completed"] == 6
+    assert failed == ["dies"]
+    assert "the worker has ended" in sides[1].failure
+
+
+def test_an_environment_without_the_peer_says_what_is_missing():
+    peer = TARGETS["llamacpp"]
+    options = {"model": "m", "dtype": "float32", "threads": 1}
+    target = Target(name="llamacpp", python=BARE, file=peer.file, options=options)
+    missing = pytest.raises(WorkerFailed, match="No module named 'llama_cpp'")
+    with Worker(target) as worker, missing:
+        worker.load(streams=True)
+
+
+def test_a_peer_that_does_not_install_says_so_in_one_line(tmp_path):
+    script = Path(install.__file__)
+    words = [sys.executable, script, "llamacpp", tmp_path / "env", "--python", "/no/such/python"]
+    done = subprocess.run(words, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"llamacpp was not installed in {tmp_path}/env: ")
+    assert "Traceback" not in done.stderr
+
+
+def test_same_outputs_are_counted_over_common_rounds(open_side):
+    sides = [open_side(), open_side(), open_side(short_by=1)]
+    run(sides)
+    assert serve_peers.same_outputs(sides[0], sides[1]) == 1.0
+    assert serve_peers.same_outputs(sides[0], sides[2]) == 0.0
 
 
 def test_an_error_within_a_stream_is_the_request_s(open_side):
