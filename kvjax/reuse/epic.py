@@ -45,17 +45,21 @@ class Epic(CanonicalChunks):
     def _context(self) -> Tokens:
         return () if self.sink is None else (self.sink,) * (self.dummies + 1)
 
+    def _behind(self, prompt: Prompt, number: int) -> Tokens:
+        """What begins the prompt is its own sink, and exact as it is."""
+        return self._context if prompt.segments[number].start else ()
+
     def enrich(self, tokens: Tokens, corpus: Sequence[Tokens]) -> Tokens:
         """The dummies, if any."""
         return self._context
 
     def wanted(self, prompt: Prompt, number: int, found: Found) -> Tokens | None:
-        """The dummies, if any."""
-        return self._context
+        """The dummies, if any, for what does not begin the prompt."""
+        return self._behind(prompt, number)
 
     def look_up(self, prompt: Prompt, number: int, found: Found) -> Variant | None:
         """The variant behind the dummies."""
-        key = context_hash(self._context)
+        key = context_hash(self._behind(prompt, number))
         return found.variants(prompt.salt, prompt.segments[number].chunk).get(key)
 
     def select(self, prompt: Prompt, hits: Sequence[Hit]) -> Spans:
