@@ -14,6 +14,7 @@ COMMANDS = {  # name -> (module with `add_arguments` and `run`, help)
     "engine": ("kvjax.benchmarks.engine", "kvjax and its peers with the same work, interleaved"),
     "grammar": ("kvjax.benchmarks.grammar", "libraries of structured output, without a model"),
     "http": ("kvjax.benchmarks.http", "the server against AsyncLLM, called directly"),
+    "kamera-curves": ("kvjax.benchmarks.kamera_curves", "patches over rank, moves, order, edits"),
     "kernels": ("kvjax.benchmarks.kernels", "the kernels against the device's own ceilings"),
     "latency": ("kvjax.benchmarks.latency", "seconds of one batch, prompts to last token"),
     "overhead": ("kvjax.benchmarks.overhead", "the engine against its own compiled parts"),

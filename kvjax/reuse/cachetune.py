@@ -17,7 +17,7 @@ from typing import ClassVar
 import numpy as np
 
 from kvjax.cache.chunks import Variant
-from kvjax.reuse.link import QUALITY_FLOOR, balanced_ratio
+from kvjax.reuse.link import QUALITY_FLOOR, balanced_ratio, check_link
 from kvjax.reuse.plan import Spans, indices_to_spans
 from kvjax.reuse.strategy import CanonicalChunks, Hit, ModelFacts, Prompt, ReadKV, ratio_of
 
@@ -70,11 +70,7 @@ class CacheTune(CanonicalChunks):
         ratio_of("ratio", self.ratio)
         if not ratio_of("band", self.band):
             raise ValueError("band must be more than 0, got 0")
-        for name, value in (("link", self.link), ("prefill", self.prefill)):
-            if value is not None and not value > 0:
-                raise ValueError(f"{name} must be more than 0, got {value!r}")
-        if (self.link is None) != (self.prefill is None):
-            raise ValueError(f"link and prefill go together, got {self.link=}, {self.prefill=}")
+        check_link(self.link, self.prefill)
 
     @property
     def _scores(self) -> str:

@@ -8,7 +8,8 @@ scores the chunk's tokens; the best of all chunks run again, from layer 0.
 
 Inferred: the order of neighbours (most similar first); that the question sees the stale KV while it
 is scored; the sum over heads. Neighbours are found by TF-IDF over token ids where the paper embeds
-chunks with BGE-M3, and are computed as plain text; the system prompt is not put in front of them.
+chunks with BGE-M3, and are computed as plain text, where the paper puts their own stored KV in
+front; the system prompt stands before them where it is given (`system`).
 """
 
 import dataclasses
@@ -47,6 +48,7 @@ class FusionRAG(CanonicalChunks):
       neighbours: chunks in front of an enriched one, the paper's 10; 0 uses chunks encoded alone.
       similarity: a name in `kvjax.reuse.neighbours.SIMILARITIES`.
       max_context: tokens of neighbours at most; those that do not fit are left out.
+      system: tokens in front of the neighbours, the S of the paper's equation 10.
     """
 
     name: ClassVar[str] = "fusionrag"
@@ -55,6 +57,7 @@ class FusionRAG(CanonicalChunks):
     neighbours: int = 10
     similarity: str = "tfidf"
     max_context: int = 4096
+    system: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         ratio_of("ratio", self.ratio)
@@ -66,17 +69,17 @@ class FusionRAG(CanonicalChunks):
             )
 
     @property
-    def _made_with(self) -> tuple[int, str, int]:
-        return self.neighbours, self.similarity, self.max_context
+    def _made_with(self) -> tuple[int, str, int, tuple[int, ...]]:
+        return self.neighbours, self.similarity, self.max_context, self.system
 
     def enrich(self, tokens: Tokens, corpus: Sequence[Tokens]) -> Tokens:
-        """The chunks of the corpus most like this one, most similar first."""
+        """The system prompt and the chunks of the corpus most like this one, most similar first."""
         context: Tokens = ()
         similarity = SIMILARITIES[self.similarity]
         for number in neighbours(tokens, corpus, self.neighbours, similarity):
             if len(context) + len(corpus[number]) <= self.max_context:
                 context += tuple(corpus[number])
-        return context
+        return self.system + context if self.neighbours else ()
 
     def annotate(self, variant: Variant, read: ReadKV) -> None:
         """Tells enriched variants from those that others keep behind some context."""

@@ -1,4 +1,5 @@
-"""How much to compute again while the rest is loaded: CacheTune's model of a link (2605.24022).
+"""How much to compute again while KV is loaded: CacheTune's model of a link (arXiv 2605.24022),
+which loads the rest, and CacheBlend's loading controller (2405.16444, section 5), which loads all.
 
 Per token, over all layers: computing takes `compute` seconds, loading `load` seconds. Both go on at
 the same time, so a share r of N tokens computed takes `N max(r compute, (1 - r) load)`.
@@ -21,6 +22,23 @@ def balanced_ratio(compute: float, load: float, floor: float = QUALITY_FLOOR) ->
     if not 0 <= floor <= 1:
         raise ValueError(f"floor must be in [0, 1], got {floor}")
     return max(floor, load / (compute + load))
+
+
+def hidden_ratio(compute: float, load: float, floor: float = QUALITY_FLOOR) -> float:
+    """The least share whose computing takes as long as loading everything does, `floor` at least
+    and 1 at most: more of it costs no time. Raises as `balanced_ratio` does."""
+    balanced_ratio(compute, load, floor)  # which checks them
+    return max(floor, min(1.0, load / compute if compute else 1.0))
+
+
+def check_link(link: float | None, prefill: float | None) -> None:
+    """Raises `ValueError` unless both are positive, or both None."""
+    for name, value in (("link", link), ("prefill", prefill)):
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if value is not None and not (number and value > 0):
+            raise ValueError(f"{name} must be more than 0, got {value!r}")
+    if (link is None) != (prefill is None):
+        raise ValueError(f"link and prefill go together, got {link=}, {prefill=}")
 
 
 def overlapped_seconds(

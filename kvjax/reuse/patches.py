@@ -84,6 +84,11 @@ class Patches:
             if key.variant == variant.key:
                 variant.facts[key.name] = patch
 
+    def clear(self) -> None:
+        """Drops all patches."""
+        for key in list(self._kept):
+            self._drop(key)
+
     def check_integrity(self) -> None:
         """Asserts that the count is right and within the capacity. Reads only."""
         assert self._num_bytes == sum(patch.num_bytes for patch in self._kept.values())

@@ -3,9 +3,10 @@
 import dataclasses
 from typing import Any
 
+import numpy as np
 import pytest
 
-from kvjax.cache.chunks import tokens_hash
+from kvjax.cache.chunks import VariantKey, tokens_hash
 from kvjax.errors import UnknownStrategy
 from kvjax.request import Chunk
 from kvjax.reuse import FusionRAG, parse
@@ -114,6 +115,33 @@ def test_the_context_of_a_chunk_is_its_neighbours_as_far_as_they_fit():
     assert FusionRAG(neighbours=5, max_context=3).enrich((1, 2, 3), corpus) == (1, 8)
     assert FusionRAG(neighbours=0).enrich((1, 2, 3), corpus) == ()
     assert FusionRAG().enrich((5, 5), corpus) == ()
+    assert FusionRAG(neighbours=1, system=(7,)).enrich((1, 2, 3), corpus) == (7, 1, 2, 9, 9)
+    assert FusionRAG(neighbours=0, system=(7,)).enrich((1, 2, 3), corpus) == ()
+
+
+def test_what_is_put_is_computed_behind_the_system_prompt_and_neighbours_and_told_as_it_goes(
+    capsys,
+):
+    """Its own KV is kept, of a prefill of all (equation 10); keys are turned back to 0."""
+    llm = fresh_llm()
+    strategy = FusionRAG(neighbours=2, system=ids(SYSTEM))
+    puts = llm.chunks.put(DOCUMENTS, strategy=strategy, progress=True)
+    assert all(put.stored for put in puts)
+    assert f"{len(DOCUMENTS)}/{len(DOCUMENTS)}" in capsys.readouterr().err
+    tokens = [ids(text) for text in DOCUMENTS]
+    for mine in tokens:
+        context = strategy.enrich(mine, tokens)
+        assert len(context) > len(SYSTEM)
+        k, v = llm.chunks.read(Chunk(mine), context)
+        llm.reset_prefix_cache()
+        with llm.open([*context, *mine]) as branch:
+            layers = branch.kv()
+        for layer, held in enumerate(layers):
+            np.testing.assert_allclose(v[layer], held.v[len(context) :], atol=1e-4)
+        alone = llm.engine.chunks.store.get(VariantKey(None, tokens_hash(mine), ""))
+        assert alone is None  # only the enriched one is there
+        norms = [np.linalg.norm(x, axis=2) for x in (k[1], layers[1].k[len(context) :])]
+        np.testing.assert_allclose(*norms, atol=1e-4)  # a rotation changes no length
 
 
 def planned(strategy, tokens, *spans, exact=0):
