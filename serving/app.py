@@ -2,6 +2,7 @@
 
 import asyncio
 import importlib.metadata
+import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,7 +16,7 @@ from kvjax import __version__
 from kvjax.serving import chunks, replies
 from kvjax.serving.chat import chat, conversation
 from kvjax.serving.completions import complete
-from kvjax.serving.errors import APIError, install_handlers
+from kvjax.serving.errors import APIError, api_error, install_handlers
 from kvjax.serving.gate import OPEN, Gate
 from kvjax.serving.keys import Tenant
 from kvjax.serving.kv import EventHub, EventStream, stats
@@ -59,7 +60,9 @@ def _streams(model: type, description: str) -> dict[int | str, dict[str, Any]]:
 
 def create_app(service: Service) -> FastAPI:
     """The ASGI application over `service`."""
-    app = FastAPI(title="kvjax", version=__version__, docs_url=None, redoc_url=None)
+    app = FastAPI(
+        title="kvjax", version=__version__, docs_url=None, redoc_url=None, openapi_url=None
+    )
     app.state.service, app.state.hub = service, EventHub(service)
     app.add_middleware(Gate, service=service)
     install_handlers(app)
@@ -211,6 +214,7 @@ def _requests(app: FastAPI, service: Service) -> None:
 
 
 def _operating(app: FastAPI, service: Service, hub: EventHub) -> None:
+    schema: list[bytes] = []
     unwell: dict[int | str, dict[str, Any]] = {503: {"model": replies.Status}}
 
     @app.get("/health", response_model=replies.Status, responses=unwell)
@@ -254,6 +258,13 @@ def _operating(app: FastAPI, service: Service, hub: EventHub) -> None:
         state = await llm.call(lambda: occupancy(llm.engine, decode))
         return JSONResponse({"model": service.model, **state})
 
+    @app.get("/openapi.json", include_in_schema=False)
+    async def openapi() -> Response:
+        """The schema, rendered once: it is large, and anybody may ask for it."""
+        if not schema:
+            schema.append(json.dumps(app.openapi()).encode())
+        return Response(schema[0], media_type="application/json")
+
     @app.get("/ui", response_class=HTMLResponse, include_in_schema=False)
     async def ui() -> str:
         """The page. It has no data of its own."""
@@ -294,7 +305,7 @@ async def _checked(work: Any) -> Any:
     try:
         return await work
     except ValueError as error:
-        raise APIError(400, str(error)) from None
+        raise api_error(error, "") from None
 
 
 def _schema(app: FastAPI) -> dict[str, Any]:

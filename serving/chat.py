@@ -55,7 +55,8 @@ async def chat(service: Service, request: Request, body: ChatRequest) -> Generat
         generate=body.add_generation_prompt,
         tools=None if tools is None else tools.described,
     )
-    marked = await Reader(service, tenant, salt).prompt(parts, special=False)
+    prompts = Reader(service, tenant, salt, service.llm.max_model_len)
+    marked = await prompts.prompt(parts, special=False)
     keep = body.keep(tenant, prompts=1)
     answer_id = service.next_id("chatcmpl")
     reader = None if tools is None else tools.reader

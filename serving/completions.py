@@ -33,7 +33,7 @@ async def complete(service: Service, request: Request, body: CompletionRequest) 
     )
     params = dataclasses.replace(params, prompt_logprobs=prompt_logprobs_)
     await service.compile_grammar(params)
-    reader, jobs = Reader(service, tenant, salt), []
+    reader, jobs = Reader(service, tenant, salt, service.llm.max_model_len), []
     for parts in body.prompts:
         if parts == [""]:
             raise ValueError("prompt must not be empty")

@@ -28,6 +28,7 @@ class Connection(HttpToolsProtocol):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.refusal = APIError(400, "invalid HTTP request")
+        self._headers_size = 0  # bytes of this request's headers so far
         self._unparsed = 0  # bytes of reads in which the parser got nowhere
         self._advanced = False  # in this read
         self._in_headers = self._in_body = False
@@ -72,20 +73,25 @@ class Connection(HttpToolsProtocol):
     def on_message_begin(self) -> None:
         """The first byte of a request."""
         self._advanced = self._in_headers = True
+        self._headers_size = 0
         self._await_headers()
         super().on_message_begin()
 
     def on_header(self, name: bytes, value: bytes) -> None:
         """A header; trailers are dropped."""
-        if self._in_headers:
-            super().on_header(name, value)
+        if not self._in_headers:
+            return
+        self._headers_size += len(name) + len(value) + 4
+        if self._headers_size > self.limits.max_header_bytes:
+            self._refuse_headers()
+            raise _Refused
+        super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
         """All headers: the request starts, if they are not too much."""
         self._advanced, self._in_headers = True, False
         self._stop(self._header_timer)
-        size = len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers)
-        if size > self.limits.max_header_bytes:
+        if len(self.url) + self._headers_size > self.limits.max_header_bytes:
             self._refuse_headers()
             raise _Refused
         self._in_body, self._discarded = True, 0

@@ -7,12 +7,16 @@ import dataclasses
 from collections.abc import Sequence as Seq
 
 from kvjax.cache.chunks import ChunkStore
+from kvjax.errors import PromptTooLong
 from kvjax.serving.errors import APIError
 from kvjax.serving.keys import Tenant
 from kvjax.serving.schemas import ChunkPart
 from kvjax.serving.service import Service
 
 Part = str | list[int] | ChunkPart
+
+# Characters per token of the context: a text with more of them has its beginning tokenised first.
+_BEGINNING = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,10 +28,15 @@ class Marked:
 
 
 class Reader:
-    """Reads the parts of one request's prompts, in the namespace of its tenant and salt."""
+    """Reads the parts of one request's prompts, in the namespace of its tenant and salt.
 
-    def __init__(self, service: Service, tenant: Tenant, salt: str | None) -> None:
-        self._service, self._tenant, self._salt = service, tenant, salt
+    A prompt of `most` tokens or more raises `PromptTooLong`, mostly before it is tokenised whole.
+    """
+
+    def __init__(
+        self, service: Service, tenant: Tenant, salt: str | None, most: int | None = None
+    ) -> None:
+        self._service, self._tenant, self._salt, self._most = service, tenant, salt, most
 
     async def prompt(self, parts: Seq[Part], *, special: bool) -> Marked:
         """Token ids of the parts in a row. `special`: the tokens that begin a text come first,
@@ -41,10 +50,12 @@ class Reader:
         for number, part in enumerate(parts):
             if not isinstance(part, ChunkPart):
                 ids += await self._text(part, begins and number == 0)
+                self._check(len(ids))
                 continue
             tokens = await self.chunk(part)
             spans.append((len(ids), len(ids) + len(tokens)))
             ids += tokens
+            self._check(len(ids))
         return Marked(ids, tuple(spans))
 
     async def chunk(self, part: ChunkPart) -> list[int]:
@@ -66,9 +77,21 @@ class Reader:
 
     async def _text(self, part: str | list[int], special: bool = False) -> list[int]:
         if not isinstance(part, str):
+            self._check(len(part))
             return part
-        tokenizer = self._service.llm.get_tokenizer()
-        return await self._service.beside(len(part), lambda: tokenizer.encode(part, special))
+        encode, beside = self._service.llm.get_tokenizer().encode, self._service.beside
+        if self._most is not None and len(part) > (size := _BEGINNING * self._most):
+            # If that alone is twice too long, no rest can change its tokens so that it fits.
+            beginning = await beside(size, lambda: encode(part[:size], special))
+            self._check(len(beginning) // 2)
+        return await beside(len(part), lambda: encode(part, special))
+
+    def _check(self, tokens: int) -> None:
+        if self._most is not None and tokens >= self._most:
+            raise PromptTooLong(
+                f"the prompt has at least {tokens} tokens; with one to generate, "
+                f"max_model_len={self._most} allows {self._most - 1}"
+            )
 
     async def _known(self, chunk_id: str) -> list[int]:
         found = self._service.put_chunks.get(self._tenant, self._salt, chunk_id)

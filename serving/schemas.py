@@ -224,10 +224,11 @@ class CompletionRequest(Sampling):
         """The parts of each prompt, the body's `chunks` in front."""
         prompt: Any = self.prompt
         front: list[Any] = chunk_parts(self.chunks)
-        if isinstance(prompt, list) and any(isinstance(part, ChunkPart) for part in prompt):
+        if not isinstance(prompt, list) or not prompt or isinstance(prompt[0], int):
+            return [[*front, prompt]]
+        if any(isinstance(part, ChunkPart) for part in prompt):
             return [[*front, *prompt]]
-        several = isinstance(prompt, list) and prompt and not isinstance(prompt[0], int)
-        return [[*front, one] for one in (prompt if several else [prompt])]
+        return [[*front, one] for one in prompt]
 
 
 def chunk_parts(chunks: Sequence[str | ChunkPart] | None) -> list[ChunkPart]:

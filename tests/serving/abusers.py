@@ -14,8 +14,11 @@ PAUSE = 0.1  # seconds between two attacks of one kind
 
 def completion(body: bytes, length: int | None = None) -> bytes:
     """A request as it goes over the wire."""
-    head = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
-    head += f"Content-Length: {len(body) if length is None else length}\r\n\r\n"
+    size = len(body) if length is None else length
+    head = (
+        f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: {size}"
+    )
+    head += "\r\nContent-Type: application/json\r\n\r\n"
     return head.encode() + body
 
 
@@ -30,7 +33,7 @@ ATTACKS: dict[str, bytes] = {
     "100k token ids": prompt([65] * 100_000),
     "invalid UTF-8": completion(b'{"prompt": "\xff\xfe"}'),
     "body that does not come": completion(b"{", 50),
-    "header flood": b"GET /health HTTP/1.1\r\n" + b"X-Flood: abcdef\r\n" * 5000,
+    "header flood": b"GET /health HTTP/1.1\r\n" + b"X-Flood: abcdef\r\n" * 20_000,
     "long path": b"GET /" + b"a" * 100_000 + b" HTTP/1.1\r\n\r\n",
     "no HTTP": b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\r\n\r\n",
 }

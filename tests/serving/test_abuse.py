@@ -133,6 +133,27 @@ def test_a_prompt_of_a_hundred_thousand_tokens_is_refused_and_others_go_on(stric
     assert not seconds or statistics.median(seconds) < 0.5
 
 
+def test_a_prompt_that_is_far_too_long_is_refused_by_its_beginning(strict, monkeypatch):
+    tokenizer = strict.service.llm.get_tokenizer()
+    encode, lengths = tokenizer.encode, []
+
+    def noted(text: str, *rest: Any) -> list[int]:
+        lengths.append(len(text))
+        return encode(text, *rest)
+
+    monkeypatch.setattr(type(tokenizer), "encode", lambda _, text, *rest: noted(text, *rest))
+    for body, path in (
+        ({"prompt": "x" * 500_000}, "/v1/completions"),
+        ({"messages": [{"role": "user", "content": "x" * 500_000}]}, "/v1/chat/completions"),
+    ):
+        got, answer = strict.post(path, body)
+        assert (got, answer["error"]["code"]) == (400, "context_length_exceeded")
+        assert "max_model_len=256" in answer["error"]["message"]
+    assert max(lengths) < 5000
+    got, answer = strict.post("/tokenize", {"prompt": "x" * 9000})
+    assert (got, answer["count"]) == (200, 9000), "which is no prompt, and has no such limit"
+
+
 def test_five_hundred_idle_connections_leave_room_for_others(strict):
     idle = [socket.create_connection(("127.0.0.1", strict.port)) for _ in range(500)]
     try:
