@@ -46,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=Path("bench-results/reuse.jsonl"))
     parser.add_argument("--resume", action="store_true", help="continue what OUTPUT holds")
-    parser.add_argument("--quick", action="store_true", help="few methods, four items of two corpora")
+    parser.add_argument("--quick", action="store_true", help="few methods, four items of two")
     parser.add_argument("--table", action="store_true", help="only show the table of OUTPUT")
 
 

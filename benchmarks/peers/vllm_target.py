@@ -20,6 +20,7 @@ class Target:
         streams: bool = False,
         max_model_len: int = 4096,
         max_num_seqs: int = 8,
+        max_num_batched_tokens: int | None = None,
     ) -> None:
         cpus = sorted(os.sched_getaffinity(0))[:threads]
         os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(kv_gib)
@@ -27,6 +28,7 @@ class Target:
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
         self.prefix_caching, self.streams, self.count = prefix_caching, streams, 0
+        self.engine = None
         options = {
             "model": model,
             "dtype": dtype,
@@ -35,12 +37,13 @@ class Target:
             "enable_prefix_caching": prefix_caching,
             "max_model_len": max_model_len,
             "max_num_seqs": max_num_seqs,
+            "max_num_batched_tokens": max_num_batched_tokens,
             "disable_log_stats": False,  # keeps the first-token times
         }
         if streams:
             import vllm.v1.engine.async_llm  # noqa: F401  (what is missing is said here)
 
-            self.options, self.engine = options, None  # made in the event loop that uses it
+            self.options = options  # the engine is made in the event loop that uses it
         else:
             from vllm import LLM
 
@@ -90,6 +93,7 @@ class Target:
         if not self.prefix_caching or (self.streams and self.engine is None):
             return
         if self.streams:
+            assert self.engine is not None
             emptied = self.engine.reset_prefix_cache()
             done = asyncio.run_coroutine_threadsafe(emptied, self.loop).result()
         else:
