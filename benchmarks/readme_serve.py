@@ -16,6 +16,7 @@ _FIGURES = (  # key, row, factor, digits
     ("p99_ttft_ms", "first token, P99 (s)", 0.001, 2),
     ("median_ttft_ms", "first token, median (s)", 0.001, 2),
     ("median_tpot_ms", "per further token, median (ms)", 1.0, 0),
+    ("cache_hit_rate", "prompt tokens cached (%)", 100.0, 0),
 )
 
 

@@ -87,6 +87,8 @@ class Target:
         async for out in self.engine.generate(inputs, params, request_id=str(self.count)):
             if ids := list(out.outputs[0].token_ids):
                 yield ids
+            if out.finished and out.num_cached_tokens is not None:
+                yield int(out.num_cached_tokens)
 
     def reset(self) -> None:
         """Empties the prefix cache."""
