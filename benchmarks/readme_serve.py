@@ -7,12 +7,16 @@ from pathlib import Path
 from typing import Any
 
 Run = Mapping[str, Any]
-_NAMES = {"kvjax": "kvjax", "vllm": "vLLM", "transformers": "transformers", "llamacpp": "llama.cpp"}
+_NAMES = {
+    "kvjax": "kvjax", "vllm": "vLLM", "transformers": "transformers",
+    "transformers-batching": "the same, batching", "llamacpp": "llama.cpp",
+}  # fmt: skip
 _FIGURES = (  # key, row, factor, digits
     ("output_throughput", "output tokens/s", 1.0, 0),
     ("p99_ttft_ms", "first token, P99 (s)", 0.001, 2),
     ("median_ttft_ms", "first token, median (s)", 0.001, 2),
     ("median_tpot_ms", "per further token, median (ms)", 1.0, 0),
+    ("cache_hit_rate", "prompt tokens cached (%)", 100.0, 0),
 )
 
 

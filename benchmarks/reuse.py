@@ -26,7 +26,7 @@ from kvjax.benchmarks.corpora import Corpus, Generate, Generation
 from kvjax.benchmarks.reuse_reading import Instrument
 from kvjax.benchmarks.reuse_results import ResultFile
 
-QUICK_ITEMS = 4
+QUICK_CORPORA, QUICK_ITEMS = ("lookup", "binding"), 4  # none whose messages are generated first
 OpenInstrument = Callable[[argparse.Namespace], Instrument]
 Tick = Callable[[str, int], None]  # (what is measured next, measurements done since the last)
 
@@ -46,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=Path("bench-results/reuse.jsonl"))
     parser.add_argument("--resume", action="store_true", help="continue what OUTPUT holds")
-    parser.add_argument("--quick", action="store_true", help="few methods, four items of each")
+    parser.add_argument("--quick", action="store_true", help="few methods, four items of two")
     parser.add_argument("--table", action="store_true", help="only show the table of OUTPUT")
 
 
@@ -87,7 +87,7 @@ def chosen(args: argparse.Namespace) -> tuple[list[str], list[str], int | None]:
         name for name, source in corpora.CORPORA.items()
         if source.has_splits or args.split == "held_out"
     ]  # fmt: skip
-    names = list(dict.fromkeys(args.corpora or possible))
+    names = list(dict.fromkeys(args.corpora or (QUICK_CORPORA if args.quick else possible)))
     for name in names:
         if name not in corpora.CORPORA:
             raise ValueError(f"unknown corpus {name!r}; there are {', '.join(corpora.CORPORA)}")

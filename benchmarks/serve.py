@@ -119,7 +119,7 @@ def plan_of(args: argparse.Namespace) -> tuple[Plan, dict[str, Any]]:
     if args.peer or args.tokenizer:
         encode = _encoder(args)
         rounds = [serve_peers.as_ids(requests, encode) for requests in rounds]
-    num_warmups = args.num_warmups if args.num_warmups is not None else 8 if args.peer else 1
+    num_warmups = args.num_warmups if args.num_warmups is not None else 4 if args.peer else 1
     plan = Plan(
         rounds=rounds,
         times=[arrivals.times(requests, args.seed + r) for r, requests in enumerate(rounds)],
@@ -257,14 +257,16 @@ async def open_side(args: argparse.Namespace, backend: str, record: dict[str, An
 def warm_ups(
     requests: Sequence[workloads.Request], options: Options, count: int
 ) -> list[workloads.Request]:
-    """Requests of the same kind that share nothing with the measured ones."""
+    """Requests as long as the measured ones on average, which share nothing with them."""
     if count < 0:
         raise ValueError(f"--num-warmups must be at least 0, got {count}")
     if not count:
         return []
+    lengths = [sum(len(p.token_ids) for p in r.parts) for r in requests if not r.after]
     if requests[0].parts[0].token_ids:
-        other = _seeded(options, options.seed + 1_000_003)
-        return list(workloads.WORKLOADS["random"](Options(**{**vars(other), "num_prompts": count})))
+        sizes = {"num_prompts": count, "input_len": sum(lengths) // len(lengths), "output_len": 8}
+        other = {**vars(options), **sizes, "seed": options.seed + 1_000_003}
+        return list(workloads.WORKLOADS["random"](Options(**other)))
     part = workloads.Part("This is a request to warm up, and nothing is measured with it. ")
     return [workloads.Request((part,), 8) for _ in range(count)]
 

@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     load.add_argument("--ramp-up-start-rps", type=float, default=1.0)
     load.add_argument("--ramp-up-end-rps", type=float, default=1.0)
     load.add_argument("--self-timed", action="store_true", help="sent when the trace says")
-    load.add_argument("--num-warmups", type=int, help="requests that do not count (1; 8 for peers)")
+    load.add_argument("--num-warmups", type=int, help="requests that do not count (1; 4 for peers)")
     load.add_argument("--rounds", type=int, help="runs of the whole load (1; 3 with peers)")
     load.add_argument(
         "--probe-request-rate", type=float, default=0.0,

@@ -23,7 +23,9 @@ from kvjax.benchmarks.serve_rounds import Side
 from kvjax.benchmarks.workers import UnequalWork, Worker, WorkerFailed
 from kvjax.benchmarks.workloads import Part, Request
 
-_SIZES = {"max_model_len": 4096, "max_num_seqs": 8}  # of every target, unless flags say other ones
+_SIZES = {  # of every target that has them, unless flags say other ones: vLLM's server's step
+    "max_model_len": 4096, "max_num_seqs": 8, "max_num_batched_tokens": 2048,
+}  # fmt: skip
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -78,14 +80,14 @@ def as_ids(requests: Sequence[Request], encode: Callable[[str], list[int]]) -> l
 def open_peers(args: argparse.Namespace, record: dict[str, Any]) -> list[Side]:
     """A side for kvjax and each peer that can run; the others are failures in `record`.
 
-    All have the same weights, threads, longest sequence and number of sequences at a time.
+    All have the same weights, threads, longest sequence, sequences at a time and tokens of a step.
     """
     from kvjax.build import open_checkpoint
 
     checkpoint = open_checkpoint(args.model or flags.MODEL)
     if checkpoint.format != "gguf":
         raise ValueError("--peer needs a GGUF file: the peers' weights are made from it")
-    settings = flags.engine_settings(args)
+    settings = {**_SIZES, **flags.engine_settings(args)}
     options = [f"{k}={json.dumps(v)}" for k, v in settings.items() if k != "dtype"]
     asked = argparse.Namespace(
         targets=list(dict.fromkeys(["kvjax", *args.peer])), peer_env=args.peer_env, kvjax_env=[],
@@ -95,7 +97,7 @@ def open_peers(args: argparse.Namespace, record: dict[str, Any]) -> list[Side]:
     env = engine.thread_settings(args.threads)
     targets = engine.find_targets(asked, args.dtype, checkpoint.path, env, missing)
     record["failures"] += [{"target": e["target"], "error": e["error"]} for e in missing.errors]
-    sizes = {"streams": True} | {n: settings.get(n, v) for n, v in _SIZES.items()}
+    sizes = {"streams": True} | {name: settings[name] for name in _SIZES}
     sides: list[Side] = []
     workers: list[Worker] = []
     for target in targets:

@@ -37,6 +37,12 @@ TARGETS: dict[str, Peer] = {
         environment="transformers",
         weights={"float32": "hf", "bfloat16": "hf"},
     ),
+    "transformers-batching": Peer(
+        file=HERE / "transformers_target.py",
+        environment="transformers",
+        weights={"float32": "hf", "bfloat16": "hf"},
+        options={"batching": True},
+    ),
     "vllm": Peer(
         file=HERE / "vllm_target.py",
         environment="vllm",

@@ -2,7 +2,8 @@
 
 Only the standard library is imported: this runs in every peer's environment (see `worker.py`).
 A target has `stream(prompt, max_tokens)`: a generator of lists of new ids, which runs one request
-at a time, in a thread; or an asynchronous one, which may be called again while it runs.
+at a time, in a thread; or an asynchronous one, which may be called again while it runs. A number
+among the lists says how many tokens of the prompt were cached.
 """
 
 import asyncio
@@ -48,21 +49,24 @@ class Front:
             writer.close()
 
     async def _complete(self, request: dict, writer) -> None:
-        prompt, count = request["prompt"], 0
+        prompt, count, cached = request["prompt"], 0, None
         stream = self._stream(prompt, request["max_tokens"])
         writer.write(b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n")
         try:
             async for ids in stream:
+                if isinstance(ids, int):
+                    cached = ids
+                    continue
                 count += len(ids)
                 self._event(writer, {"choices": [{"index": 0, "text": "", "token_ids": ids}]})
                 await writer.drain()
         except Exception as error:
             self._event(writer, {"error": {"message": f"{type(error).__name__}: {error}"}})
             return
-        self._event(
-            writer,
-            {"choices": [], "usage": {"prompt_tokens": len(prompt), "completion_tokens": count}},
-        )
+        usage = {"prompt_tokens": len(prompt), "completion_tokens": count}
+        if cached is not None:
+            usage["prompt_tokens_details"] = {"cached_tokens": cached}
+        self._event(writer, {"choices": [], "usage": usage})
         writer.write(b"data: [DONE]\n\n")
 
     async def _stream(self, prompt: list[int], max_tokens: int):

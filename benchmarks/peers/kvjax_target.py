@@ -66,6 +66,8 @@ class Target:
             if len(ids) > known:
                 yield [int(t) for t in ids[known:]]
                 known = len(ids)
+            if out.finished:
+                yield int(out.num_cached_tokens)
 
     def about(self) -> dict[str, Any]:
         """The engine's part of a manifest."""

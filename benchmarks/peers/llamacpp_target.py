@@ -24,11 +24,11 @@ class Target:
         threads: int,
         streams: bool = False,
         max_model_len: int = 4096,
-        max_num_seqs: int = 1,
+        **sizes: int,
     ) -> None:
         import llama_cpp
 
-        del dtype, max_num_seqs  # the file's tensor types decide; streams run one by one
+        del dtype, sizes  # the file's tensor types decide; streams run one by one
         self.lib = lib = llama_cpp
         lib.llama_backend_init()
         log = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)

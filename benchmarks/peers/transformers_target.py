@@ -6,14 +6,14 @@ import copy
 import time
 
 PAGE = 256  # tokens: its own default
-BATCH = 512  # tokens of a step: its attention is over all keys of the batch, so more is slower
+BATCH = 512  # tokens of a step: attention is over all keys of the batch, and 2048 was slower
 
 
 class Target:
     """Batches are equally long prompts in one tensor, in a plain prefill and decode loop.
 
-    Streams go through what `transformers serve --continuous-batching` is made of: paged KV of
-    `kv_gib`, with prefix sharing by pages.
+    Streams run one after the other, as in `transformers serve`; with `batching` through what
+    `--continuous-batching` is made of there, over `kv_gib` of paged KV with prefix sharing.
     """
 
     packages = ("transformers", "torch", "numpy")
@@ -24,14 +24,15 @@ class Target:
         dtype: str,
         threads: int,
         streams: bool = False,
-        max_model_len: int = 4096,
+        batching: bool = False,
         max_num_seqs: int = 8,
         kv_gib: int = 2,
+        **sizes: int,
     ) -> None:
         import torch
         from transformers import AutoModelForCausalLM
 
-        del max_model_len  # it takes what its pages hold
+        del sizes  # its longest sequence is what its memory holds
         torch.set_num_threads(threads)
         self.torch = torch
         self.model = AutoModelForCausalLM.from_pretrained(
@@ -39,7 +40,8 @@ class Target:
         ).eval()
         self.kept: tuple[list[int], object] | None = None
         self.count = 0
-        self.manager = self._manager(max_num_seqs, kv_gib) if streams else None
+        self.manager = self._manager(max_num_seqs, kv_gib) if streams and batching else None
+        self.stream = self._one_by_one if self.manager is None else self._batched
 
     def generate(self, prompts: list[list[int]], max_tokens: int) -> dict:
         """Greedy; a kept prefix is copied, repeated over the batch and not run again."""
@@ -66,8 +68,20 @@ class Target:
             "cached_tokens": [skip] * num,
         }
 
-    async def stream(self, prompt: list[int], max_tokens: int):
+    def _one_by_one(self, prompt: list[int], max_tokens: int):
+        """Greedy: a list of one new id after each step."""
+        torch = self.torch
+        cache, skip = self._cache_for([prompt])
+        ids = torch.tensor([prompt[skip:]])
+        for _ in range(max_tokens):
+            with torch.inference_mode():
+                out = self.model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+                ids, cache = out.logits[:, -1].argmax(-1, keepdim=True), out.past_key_values
+            yield [int(ids[0, 0])]
+
+    async def _batched(self, prompt: list[int], max_tokens: int):
         """Greedy, batched with the requests under way: new ids as they come."""
+        assert self.manager is not None
         outputs: asyncio.Queue = asyncio.Queue()
         self.count += 1
         name = str(self.count)

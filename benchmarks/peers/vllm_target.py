@@ -20,6 +20,7 @@ class Target:
         streams: bool = False,
         max_model_len: int = 4096,
         max_num_seqs: int = 8,
+        max_num_batched_tokens: int | None = None,
     ) -> None:
         cpus = sorted(os.sched_getaffinity(0))[:threads]
         os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(kv_gib)
@@ -27,6 +28,7 @@ class Target:
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
         self.prefix_caching, self.streams, self.count = prefix_caching, streams, 0
+        self.engine = None
         options = {
             "model": model,
             "dtype": dtype,
@@ -35,12 +37,13 @@ class Target:
             "enable_prefix_caching": prefix_caching,
             "max_model_len": max_model_len,
             "max_num_seqs": max_num_seqs,
+            "max_num_batched_tokens": max_num_batched_tokens,
             "disable_log_stats": False,  # keeps the first-token times
         }
         if streams:
             import vllm.v1.engine.async_llm  # noqa: F401  (what is missing is said here)
 
-            self.options, self.engine = options, None  # made in the event loop that uses it
+            self.options = options  # the engine is made in the event loop that uses it
         else:
             from vllm import LLM
 
@@ -84,12 +87,15 @@ class Target:
         async for out in self.engine.generate(inputs, params, request_id=str(self.count)):
             if ids := list(out.outputs[0].token_ids):
                 yield ids
+            if out.finished and out.num_cached_tokens is not None:
+                yield int(out.num_cached_tokens)
 
     def reset(self) -> None:
         """Empties the prefix cache."""
         if not self.prefix_caching or (self.streams and self.engine is None):
             return
         if self.streams:
+            assert self.engine is not None
             emptied = self.engine.reset_prefix_cache()
             done = asyncio.run_coroutine_threadsafe(emptied, self.loop).result()
         else:

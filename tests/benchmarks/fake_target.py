@@ -42,6 +42,7 @@ class Target:
                 raise RuntimeError("this token breaks")
             time.sleep(self.per_step if step else 0)
             yield [step]
+        yield 2  # tokens of the prompt were cached
 
     def generate(self, prompts, max_tokens):
         self.calls += 1

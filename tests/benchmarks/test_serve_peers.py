@@ -55,6 +55,7 @@ def test_every_side_gets_the_same_requests_and_its_own_times(open_side):
     assert 30 <= fast["median_itl_ms"] < 45
     assert 60 <= slow["median_itl_ms"] < 75
     assert fast["peak_rss_mib"] > 1
+    assert (fast["total_cached_tokens"], fast["cache_hit_rate"]) == (12, 0.5)
     assert len(slow["rounds"]) == 2
 
 
