@@ -248,8 +248,7 @@ class Intake:
         Raises:
           UnknownStrategy, ReuseRefused, ValueError: see `kvjax.reuse.parse` and `Gate.check`.
         """
-        strategy = parse(spec)
-        strategy.check_tokenizer(self.tokenizer)
+        strategy = parse(spec).for_tokenizer(self.tokenizer)
         if self._gate is not None:
             self._gate.check(strategy)
         return strategy

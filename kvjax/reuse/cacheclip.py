@@ -7,9 +7,11 @@ best `ratio` over all chunks; then windows of 8 tokens with 5 chosen ones are ru
 ones are dropped (8 and 5 are a re-implementation's).
 
 The paper's selector is a second model, its last layer: SmolLM2-135M, fine-tuned in v1 by a recipe
-that is not public. `selector` names one; it reads each chunk alone (inferred) and the same token
-ids, so that nothing has to be mapped. Without one the model itself selects, cut behind its first
-`selector_layers`, over the stored KV: the weaker selector by the paper's own measurement.
+that is not public. `selector` names one; it reads each chunk alone (inferred). Where its tokenizer
+is another, it reads the same text, and a token scores what the best of those scores that it shares
+a byte with (inferred: the paper maps by overlapping characters). Without one the model itself
+selects, cut behind its first `selector_layers`, over the stored KV: the weaker selector by the
+paper's own measurement.
 """
 
 import dataclasses
@@ -22,7 +24,8 @@ import numpy as np
 from kvjax.models.tokenizers import Tokenizer
 from kvjax.reuse.cacheblend import CacheBlend
 from kvjax.reuse.plan import Spans, Stage, StagedPlan, TopK, indices_to_spans, rest_of
-from kvjax.reuse.selector import Selector, check_selector, load_selector
+from kvjax.reuse.retokenised import carried, edges, retokenised
+from kvjax.reuse.selector import Selector, load_selector, selector_tokenizer
 from kvjax.reuse.strategy import (
     CanonicalChunks,
     Hit,
@@ -46,7 +49,7 @@ class CacheClip(CanonicalChunks):
       window: tokens of a window.
       least: chosen tokens that a window needs.
       selector_layers: of the model that select, without a `selector`; None is half of them.
-      selector: a model as `LLM` takes it, of the same tokenizer; loaded when it is first needed.
+      selector: a model as `LLM` takes it; loaded when it is first needed.
       prefix: what chunks are encoded behind. None: the text in front of the prompt's first chunk;
         then `LLM.chunks.put`, which sees no prompt, encodes chunks behind nothing.
     """
@@ -59,6 +62,10 @@ class CacheClip(CanonicalChunks):
     selector_layers: int | None = None
     prefix: tuple[int, ...] | None = None
     selector: str | None = None
+    # Of the model and of a selector that reads other ids; set by `for_tokenizer`.
+    tokenizers: tuple[Tokenizer, Tokenizer] | None = dataclasses.field(
+        default=None, compare=False, repr=False
+    )
 
     def __post_init__(self) -> None:
         ratio_of("ratio", self.ratio)
@@ -71,10 +78,12 @@ class CacheClip(CanonicalChunks):
         if self.selector is not None and self.selector_layers is not None:
             raise ValueError(f"{self.selector=} selects with its last layer: no selector_layers")
 
-    def check_tokenizer(self, tokenizer: Tokenizer) -> None:
-        """A selector has to read the same token ids. Raises `ReuseRefused` if it does not."""
-        if self.selector is not None:
-            check_selector(self.selector, tokenizer)
+    def for_tokenizer(self, tokenizer: Tokenizer) -> "CacheClip":
+        """With what carries a selector's scores over, if it reads other token ids."""
+        if self.selector is None:
+            return self
+        theirs = selector_tokenizer(self.selector, tokenizer)
+        return dataclasses.replace(self, tokenizers=None if theirs is None else (tokenizer, theirs))
 
     def enrich(self, tokens: Tokens, corpus: Sequence[Tokens]) -> Tokens:
         """The shared prefix, where it is given."""
@@ -107,7 +116,7 @@ class CacheClip(CanonicalChunks):
         question = prompt.tokens[prompt.question[0] :]
         reused = np.concatenate([np.arange(hit.start, hit.stop) for hit in hits])
         scores = [
-            selector.scores(prompt.chunk_tokens(hit.number), question)[
+            self._scores(selector, prompt.chunk_tokens(hit.number), question)[
                 hit.offset : hit.offset + hit.stop - hit.start
             ]
             for hit in hits
@@ -118,3 +127,13 @@ class CacheClip(CanonicalChunks):
         windows = np.flatnonzero(group_windows(jnp.array(chosen), self.window, self.least))
         again = np.intersect1d(windows + prompt.num_exact, reused)
         return Spans(indices_to_spans(again))
+
+    def _scores(self, selector: Selector, tokens: Tokens, question: Tokens) -> np.ndarray:
+        """One number per token of a chunk."""
+        if self.tokenizers is None:
+            return selector.scores(tokens, question)
+        ours, theirs = self.tokenizers
+        read, asked = (retokenised(ids, ours, theirs) for ids in (tokens, question))
+        if not read or not asked:
+            return np.zeros(len(tokens), np.float32)
+        return carried(selector.scores(read, asked), edges(read, theirs), edges(tokens, ours))

@@ -18,7 +18,6 @@ from jax import Array
 
 from kvjax.cache.pages import KVPages, layout_for
 from kvjax.cache.pool import PagePool
-from kvjax.errors import ReuseRefused
 from kvjax.models import Transformer, kv_spec, load_model, model_config
 from kvjax.models.checkpoint import open_checkpoint
 from kvjax.models.tokenizers import Tokenizer, load_tokenizer
@@ -152,28 +151,21 @@ def load_selector(name: str) -> Selector:
     return Selector(model, context)
 
 
-def check_selector(name: str, tokenizer: Tokenizer) -> None:
-    """Does nothing if the model of that name reads the ids of `tokenizer`. Loads no weights.
+def selector_tokenizer(name: str, ours: Tokenizer) -> Tokenizer | None:
+    """The tokenizer of the model of that name; None if it reads the ids of `ours`. No weights are
+    loaded.
 
     Raises:
-      ReuseRefused: an id of its tokenizer is another text, or it has fewer or more of them.
       ModelNotFound, TokenizerNotFound: see `kvjax.errors`.
     """
     theirs = _tokenizer(name)
-    if theirs.fingerprint == tokenizer.fingerprint:
-        return
-    sizes = theirs.vocab_size, tokenizer.vocab_size
-    if sizes[0] != sizes[1]:
-        raise ReuseRefused(
-            f"selector {name!r} has a vocabulary of {sizes[0]}, the model one of {sizes[1]}: it "
-            "must read the same token ids"
-        )
-    for token in range(sizes[0]):
-        if theirs.token_bytes(token) != tokenizer.token_bytes(token):
-            raise ReuseRefused(
-                f"selector {name!r} reads token {token} as {theirs.token_bytes(token)!r}, the "
-                f"model as {tokenizer.token_bytes(token)!r}"
-            )
+    if theirs.fingerprint == ours.fingerprint:
+        return None
+    size = theirs.vocab_size
+    same = size == ours.vocab_size and all(
+        theirs.token_bytes(token) == ours.token_bytes(token) for token in range(size)
+    )
+    return None if same else theirs
 
 
 _tokenizer = functools.lru_cache(maxsize=2)(lambda name: load_tokenizer(open_checkpoint(name)))

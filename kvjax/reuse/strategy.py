@@ -232,9 +232,10 @@ class Strategy:
     attends: ClassVar[bool] = False  # `observe` asks how much attention rows paid
     repair: int = 0  # reused rows that are run again between two decode steps
 
-    def check_tokenizer(self, tokenizer: Tokenizer) -> None:
-        """Called with the model's, before any work. Raises `ReuseRefused` if it cannot read its
-        token ids."""
+    def for_tokenizer(self, tokenizer: Tokenizer) -> "Strategy":
+        """Called with the model's, before any work: this strategy, as it reads that model's ids.
+        Raises `ReuseRefused` if it cannot."""
+        return self
 
     def refusal(self, facts: ModelFacts) -> str | None:
         """Why a model gains nothing by it; None if it may."""
@@ -294,7 +295,7 @@ class Strategy:
         given = [
             f"{field.name}={getattr(self, field.name)}"
             for field in dataclasses.fields(self)
-            if getattr(self, field.name) != field.default
+            if field.compare and getattr(self, field.name) != field.default
         ]
         return self.name + (":" + ",".join(given) if given else "")
 
