@@ -17,6 +17,7 @@ class ServeConfig:
     max_body_bytes: int = 4 << 20
     max_header_bytes: int = 64 << 10  # request line and headers
     max_connections: int = 4096
+    max_refusals: float = 50.0  # refused requests that are answered a second; more have to wait
     max_pinned_share: float = 0.5  # of the room for chunks, that one key may pin
     header_timeout: float = 20.0  # seconds from the first byte, or from connecting, to the headers
     body_timeout: float = 60.0  # seconds in which the body must have come
@@ -37,6 +38,9 @@ class ServeConfig:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
                 raise ValueError(f"{name} must be an integer in [{least}, {most}], got {value!r}")
+        rate = self.max_refusals
+        if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 < rate < 2**31:
+            raise ValueError(f"max_refusals must be a number in (0, 2**31), got {rate!r}")
         share = self.max_pinned_share
         if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share <= 1:
             raise ValueError(f"max_pinned_share must be a number in [0, 1], got {share!r}")

@@ -12,6 +12,7 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from kvjax.serving.config import ServeConfig
 from kvjax.serving.errors import APIError
+from kvjax.serving.refusals import Refusals
 
 _DISCARDED = 8  # bodies of the largest size that are read and thrown away behind an answer
 
@@ -21,9 +22,10 @@ class _Refused(Exception):
 
 
 class Connection(HttpToolsProtocol):
-    """uvicorn's protocol with limits. `limits` is set by `connection_class`."""
+    """uvicorn's protocol with limits. `connection_class` sets `limits` and `refusals`."""
 
     limits: ServeConfig
+    refusals: Refusals
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -35,38 +37,51 @@ class Connection(HttpToolsProtocol):
         self._discarded = 0  # bytes of a body that came after the answer to it
         self._header_timer: asyncio.TimerHandle | None = None
         self._write_timer: asyncio.TimerHandle | None = None
+        self._end_timer: asyncio.TimerHandle | None = None  # the refusal is still to be sent
 
     def connection_made(self, transport: asyncio.Transport) -> None:
         """Starts the clock for the first headers."""
         super().connection_made(transport)
         if len(self.connections) > self.limits.max_connections:
             self._refuse(503, f"max_connections={self.limits.max_connections} are open")
-            self.send_400_response("")
+            self._end()
             return
         self._await_headers()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Stops all clocks."""
-        self._stop(self._header_timer, self._write_timer)
+        self._stop(self._header_timer, self._write_timer, self._end_timer)
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
         """Feeds the parser; what leads nowhere is bounded."""
-        if self.transport.is_closing():
+        if self._is_over:
             return
         self._advanced = False
         super().data_received(data)
         self._unparsed = 0 if self._advanced else self._unparsed + len(data)
-        if self._unparsed > self.limits.max_header_bytes and not self.transport.is_closing():
+        if self._unparsed > self.limits.max_header_bytes and not self._is_over:
             self._refuse_headers()
             self.send_400_response("")
 
     def send_400_response(self, msg: str) -> None:
-        """Sends `refusal` and closes."""
+        """Sends `refusal` when it is its turn, and closes."""
+        self._stop(self._header_timer)
+        if delay := self.refusals.delay():
+            self.transport.pause_reading()
+            self._end_timer = self.loop.call_later(delay, self._end)
+        else:
+            self._end()
+
+    def _end(self) -> None:
         body = json.dumps(self.refusal.body).encode()
         head = b"content-type: application/json\r\nconnection: close\r\ncontent-length: %d\r\n\r\n"
         self.transport.write(STATUS_LINE[self.refusal.status] + head % len(body) + body)
         self.transport.close()
+
+    @property
+    def _is_over(self) -> bool:
+        return self._end_timer is not None or self.transport.is_closing()
 
     # ---- what the parser has found ----------------------------------------------------------
 
@@ -138,7 +153,7 @@ class Connection(HttpToolsProtocol):
         self._header_timer = self.loop.call_later(self.limits.header_timeout, self._too_slow)
 
     def _too_slow(self) -> None:
-        if self.transport.is_closing():
+        if self._is_over:
             return
         if self._in_headers:
             self._refuse(408, f"no headers within {self.limits.header_timeout:g} seconds")
@@ -163,6 +178,6 @@ class Connection(HttpToolsProtocol):
                 timer.cancel()
 
 
-def connection_class(limits: ServeConfig) -> type[Connection]:
+def connection_class(limits: ServeConfig, refusals: Refusals) -> type[Connection]:
     """`Connection` with these limits, for `uvicorn.Config(http=...)`."""
-    return type("LimitedConnection", (Connection,), {"limits": limits})
+    return type("LimitedConnection", (Connection,), {"limits": limits, "refusals": refusals})

@@ -46,6 +46,8 @@ class Gate:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
+                if 400 <= status < 500 and status != 429:  # which says itself when to come again
+                    await asyncio.sleep(self._service.refusals.delay())
                 own = (b"x-request-id", request_id.encode())
                 message = {**message, "headers": [*message["headers"], own]}
             await send(message)

@@ -40,7 +40,7 @@ class Server(uvicorn.Server):
         self._hub = app.state.hub
         settings = uvicorn.Config(
             app,
-            http=connection_class(config),
+            http=connection_class(config, self.service.refusals),
             ws="none",
             lifespan="off",
             loop="uvloop",

@@ -16,6 +16,7 @@ from kvjax.serving.errors import APIError
 from kvjax.serving.keys import Keys
 from kvjax.serving.metrics import Metrics
 from kvjax.serving.put_chunks import PutChunks
+from kvjax.serving.refusals import Refusals
 from kvjax.serving.reports import Reports
 from kvjax.serving.tracing import Tracing
 
@@ -36,6 +37,7 @@ class Service:
         endpoint = config.otlp_endpoint
         self.tracing = Tracing(endpoint, self.model) if endpoint else None
         self.admission = Admission(1, config.max_queue)
+        self.refusals = Refusals(config.max_refusals)
         self.put_chunks = PutChunks()
         self.reports = Reports()
         self._llm: AsyncLLM | None = None

@@ -66,6 +66,7 @@ def _add_limits(parser: argparse.ArgumentParser) -> None:
     add("max_body_bytes", 4 << 20, "of one request, such as 4M", options.size, "SIZE")
     add("max_header_bytes", 64 << 10, "request line and headers", options.size, "SIZE")
     add("max_connections", 4096, "open at once", int, "N")
+    add("max_refusals", 50.0, "refused requests answered a second; more wait", metavar="N")
     add("max_pinned_share", 0.5, "of the room for chunks, that one key may pin", metavar="X")
     add("header_timeout", 20, "seconds until the headers are there")
     add("body_timeout", 60, "seconds until the body is there")

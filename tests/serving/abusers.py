@@ -1,4 +1,7 @@
-"""A process full of bad clients: `python -m tests.serving.abusers PORT`. Ends when it is killed."""
+"""A process full of bad clients: `python -m tests.serving.abusers PORT PAUSE`, until it is killed.
+
+PAUSE is in seconds, between two attacks of one kind.
+"""
 
 import contextlib
 import itertools
@@ -8,8 +11,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-
-PAUSE = 0.1  # seconds between two attacks of one kind
 
 
 def completion(body: bytes, length: int | None = None) -> bytes:
@@ -61,10 +62,10 @@ def read_slowly(port: int) -> None:
             time.sleep(0.1)
 
 
-def repeat(act: Callable[[], None]) -> None:
+def repeat(act: Callable[[], None], pause: float) -> None:
     while True:
         act()
-        time.sleep(PAUSE)
+        time.sleep(pause)
 
 
 def idle(port: int, count: int) -> None:
@@ -78,12 +79,12 @@ def idle(port: int, count: int) -> None:
         time.sleep(0.0 if number < count else 0.05)
 
 
-def main(port: int) -> None:
+def main(port: int, pause: float) -> None:
     acts = [lambda data=data: attack(port, data) for data in ATTACKS.values()]
     for act in (*acts, lambda: read_slowly(port)):
-        threading.Thread(target=repeat, args=(act,), daemon=True).start()
+        threading.Thread(target=repeat, args=(act, pause), daemon=True).start()
     idle(port, 500)
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]))
+    main(int(sys.argv[1]), float(sys.argv[2]))

@@ -103,7 +103,7 @@ def until(condition: Callable[[], Any], seconds: float = WAIT) -> None:
 @contextlib.contextmanager
 def serving(model: Path, engine: dict[str, Any] | None = None, **config: Any) -> Iterator[Client]:
     """A server that is ready, and gone afterwards."""
-    settings = {"served_model_name": "tiny", "port": 0, **config}
+    settings = {"served_model_name": "tiny", "port": 0, "max_refusals": 1e6, **config}
     server = Server(model, ServeConfig(**settings), {**ENGINE, **(engine or {})})
     thread = threading.Thread(target=server.run_until_stopped)
     thread.start()

@@ -13,6 +13,7 @@ import pytest
 
 from kvjax.serving.config import ServeConfig
 from kvjax.serving.connections import connection_class
+from kvjax.serving.refusals import Refusals
 from tests.serving.live_server import Client, serving, until
 
 ASK = {"prompt": "ab", "max_tokens": 4, "temperature": 0, "ignore_eos": True}
@@ -275,4 +276,31 @@ def test_limits_that_make_no_sense_are_refused():
     for wrong in cases:
         with pytest.raises(ValueError, match=next(iter(wrong))):
             ServeConfig(**wrong)
-    assert connection_class(ServeConfig(port=1)).limits.port == 1
+    assert connection_class(ServeConfig(port=1), Refusals(1)).limits.port == 1
+
+
+def test_refusals_are_spaced_and_few_of_them_never_wait():
+    now = [0.0]
+    refusals = Refusals(10, lambda: now[0])
+    assert [refusals.delay() for _ in range(10)] == [0.0] * 10
+    assert [round(refusals.delay(), 6) for _ in range(3)] == [0.1, 0.2, 0.3]
+    now[0] = 0.3
+    assert round(refusals.delay(), 6) == 0.1
+    assert [refusals.delay() for _ in range(100)][-1] == 2.0, "nobody waits for ever"
+    now[0] = 10.0
+    assert [refusals.delay() for _ in range(10)] == [0.0] * 10
+    with pytest.raises(ValueError, match="max_refusals"):
+        ServeConfig(max_refusals=0)
+
+
+def test_refused_requests_wait_their_turn_and_others_do_not(tiny_path):
+    with serving(tiny_path, max_refusals=5) as client:
+        start = time.monotonic()
+        for _ in range(8):
+            assert client.post("/v1/completions", {"prompt": ""})[0] == 400
+        for _ in range(3):
+            assert status(raw(client, b"\x16\x03\x01\r\n\r\n")) == 400
+        assert time.monotonic() - start > 1.0
+        start = time.monotonic()
+        assert client.get("/health")[0] == 200
+        assert time.monotonic() - start < 0.5

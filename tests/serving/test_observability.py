@@ -86,19 +86,6 @@ def test_every_metric_of_the_dashboard_is_exported(served):
     assert asked <= exported
 
 
-def test_the_unit_and_the_image_use_flags_and_extras_that_are_there():
-    from kvjax.cli import parser
-
-    unit = (DEPLOY / "kvjax.service").read_text()
-    (command,) = re.findall(r"^ExecStart=\S+/kvjax (.*)$", unit, re.MULTILINE)
-    parser().parse_args(command.split())
-    image = (DEPLOY / "Dockerfile").read_text()
-    project = (DEPLOY.parent / "pyproject.toml").read_text()
-    for extra in ("serve", "otel", "cuda", "tpu"):
-        assert extra in image
-        assert re.search(rf"^{extra} = \[", project, re.MULTILINE)
-
-
 def test_page_times_are_those_of_the_clock():
     now = [0.0]
     metrics, pool = Metrics(), PagePool(8, 4)
