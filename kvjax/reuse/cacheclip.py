@@ -115,11 +115,10 @@ class CacheClip(CanonicalChunks):
         scored whole, though its start may be an exact prefix."""
         question = prompt.tokens[prompt.question[0] :]
         reused = np.concatenate([np.arange(hit.start, hit.stop) for hit in hits])
+        chunks = [prompt.chunk_tokens(hit.number) for hit in hits]
         scores = [
-            self._scores(selector, prompt.chunk_tokens(hit.number), question)[
-                hit.offset : hit.offset + hit.stop - hit.start
-            ]
-            for hit in hits
+            of_chunk[hit.offset : hit.offset + hit.stop - hit.start]
+            for hit, of_chunk in zip(hits, self._scores(selector, chunks, question), strict=True)
         ]
         best = np.argsort(-np.concatenate(scores), kind="stable")[:k]
         chosen = np.zeros(prompt.num_tokens - 1 - prompt.num_exact, bool)
@@ -128,12 +127,17 @@ class CacheClip(CanonicalChunks):
         again = np.intersect1d(windows + prompt.num_exact, reused)
         return Spans(indices_to_spans(again))
 
-    def _scores(self, selector: Selector, tokens: Tokens, question: Tokens) -> np.ndarray:
-        """One number per token of a chunk."""
+    def _scores(
+        self, selector: Selector, chunks: Sequence[Tokens], question: Tokens
+    ) -> list[np.ndarray]:
+        """One number per token of each chunk."""
         if self.tokenizers is None:
-            return selector.scores(tokens, question)
+            return selector.scores(chunks, question)
         ours, theirs = self.tokenizers
-        read, asked = (retokenised(ids, ours, theirs) for ids in (tokens, question))
-        if not read or not asked:
-            return np.zeros(len(tokens), np.float32)
-        return carried(selector.scores(read, asked), edges(read, theirs), edges(tokens, ours))
+        *read, asked = (retokenised(ids, ours, theirs) for ids in (*chunks, question))
+        if not asked or not all(read):
+            return [np.zeros(len(tokens), np.float32) for tokens in chunks]
+        return [
+            carried(scores, edges(told, theirs), edges(tokens, ours))
+            for scores, told, tokens in zip(selector.scores(read, asked), read, chunks, strict=True)
+        ]

@@ -25,14 +25,16 @@ def mass_of_rows(
     hidden: Float[Array, "rows hidden"],
     positions: Int[Array, " rows"],
     segment_starts: Int[Array, "1 segments_plus_1"] | None = None,
+    starts: Int[Array, " seqs_plus_1"] | None = None,
 ) -> AttentionMass:
-    """Attention that rows of one sequence pay in a layer, summed over heads: per key, and per row
-    over the keys of each segment. `hidden` enters the layer."""
+    """Attention that rows of one sequence (several: `starts`) pay in a layer, summed over heads:
+    per key, and per row over the keys of each segment. `hidden` enters the layer."""
     q, _, _ = model.project(layer, hidden, positions)
     c = model.config
     width = c.latent.kv_lora_rank if c.latent else None
     options = {"scale": c.scale, "soft_cap": c.attention_soft_cap, "value_width": width}
-    starts = jnp.array([0, q.shape[0]], jnp.int32)
+    if starts is None:
+        starts = jnp.array([0, q.shape[0]], jnp.int32)
     seen = (view.block_tables, starts, view.kv_lens, view.visible_lo, view.visible_hi)
     _, lse = paged_attention(q, pages, *seen, return_lse=True, **options)
     return attention_mass(q, lse, pages, *seen, segment_starts=segment_starts, **options)

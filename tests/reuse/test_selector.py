@@ -79,29 +79,43 @@ def by_hand(folder: Path, chunk, question) -> np.ndarray:
 def test_scores_are_the_last_layers_attention_within_the_chunk(small):
     selector = selector_of(small)
     chunk, question = list(range(30, 105)), [7, 90, 3]
-    scores = selector.scores(chunk, question)
+    scores = selector.scores([chunk], question)[0]
     assert scores.sum() == pytest.approx(1, abs=1e-4)
     np.testing.assert_allclose(scores, by_hand(small, chunk, question), atol=1e-5)
-    other = selector.scores(chunk, [100, 8])
+    other = selector.scores([chunk], [100, 8])[0]
     np.testing.assert_allclose(other, by_hand(small, chunk, [100, 8]), atol=1e-5)
-    np.testing.assert_array_equal(selector.scores(chunk, question), scores)
+    np.testing.assert_array_equal(selector.scores([chunk], question)[0], scores)
     assert selector.num_encoded == 1  # questions leave the chunk's KV as it is
 
 
 def test_a_chunk_longer_than_the_context_is_scored_in_pieces(small):
     selector = selector_of(small, context=64)
-    scores = selector.scores(list(range(100)), list(range(40)))
+    scores = selector.scores([list(range(100))], list(range(40)))[0]
     assert scores.shape == (100,)
     assert scores.sum() == pytest.approx(-(-100 // 32), abs=1e-3)
+
+
+def test_a_question_over_several_chunks_at_once_scores_each_as_alone(small):
+    """Of different lengths, one of them twice, and more than one batch of them."""
+    selector, question = selector_of(small), [7, 90, 3]
+    chunks = [list(range(n, n + 20 + 30 * (n % 3))) for n in range(18)]
+    chunks.append(chunks[4])
+    together = selector.scores(chunks, question)
+    assert selector.num_encoded == 18
+    for number in (0, 1, 4, 17, 18):
+        alone = by_hand(small, chunks[number], question)
+        np.testing.assert_allclose(together[number], alone, atol=1e-5)
+    assert all(scores.sum() == pytest.approx(1, abs=1e-4) for scores in together)
+    selector._pool.check_integrity()
 
 
 def test_chunks_leave_when_there_is_no_room_and_come_back_the_same(small, monkeypatch):
     monkeypatch.setattr("kvjax.reuse.selector.CAPACITY", 256)  # four pages
     selector = selector_of(small)
     chunks = [list(range(n, n + 70)) for n in range(3)]
-    first = [selector.scores(chunk, [5, 6]) for chunk in chunks]
+    first = [selector.scores([chunk], [5, 6])[0] for chunk in chunks]
     assert selector.num_encoded == 3
-    again = [selector.scores(chunk, [5, 6]) for chunk in chunks]
+    again = [selector.scores([chunk], [5, 6])[0] for chunk in chunks]
     assert selector.num_encoded > 3
     np.testing.assert_array_equal(first, again)
     selector._pool.check_integrity()
@@ -120,7 +134,7 @@ def test_what_runs_again_is_windows_around_what_the_second_model_chose(llm, smal
     for text in (SECOND, THIRD):
         ids = [llm.get_tokenizer().encode(t) for t in (text, QUESTION)]
         rows = range(at, at + len(text))
-        scored += list(zip(load_selector(str(small)).scores(*ids), rows, strict=True))
+        scored += list(zip(load_selector(str(small)).scores(ids[:1], ids[1])[0], rows, strict=True))
         at += len(text)
     k = int(0.3 * len(SECOND + THIRD))
     chosen = {row for _, row in sorted(scored, key=lambda pair: (-pair[0], pair[1]))[:k]}
@@ -174,7 +188,7 @@ def test_a_selector_of_another_tokenizer_reads_the_same_text(llm, small, tmp_pat
     texts = [SECOND, THIRD]  # the first chunk is exact
     read = [[swapped.get(i, i) for i in llm.get_tokenizer().encode(text)] for text in texts]
     question = [swapped.get(i, i) for i in llm.get_tokenizer().encode(QUESTION)]
-    scores = np.concatenate([selector_of(small).scores(one, question) for one in read])
+    scores = np.concatenate(selector_of(small).scores(read, question))
     best = np.zeros(len(scores), bool)
     best[np.argsort(-scores, kind="stable")[: int(0.3 * len(scores))]] = True
     wanted = np.flatnonzero(group_windows(jnp.array(best), 8, 2)) + len(SYSTEM + FIRST)
