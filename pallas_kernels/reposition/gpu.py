@@ -58,7 +58,7 @@ def _rotate(pool: Array, slots: Any, cos: Any, sin: Any, first: int, interpret: 
     blocks = slots.reshape(-1, ROWS)
     piece = min(ROWS, page_size)
     runs = _runs(blocks, piece)
-    heads = _divisor(kv_heads, _MOST // (ROWS * width * 2))
+    heads = heads_at_once(kv_heads, width, half)
     pieces = [(h, i) for h in range(heads) for i in range(ROWS // piece)]
     g = hopper.Warpgroup(interpret)
 
@@ -154,6 +154,11 @@ def _runs(blocks: Array, piece: int) -> Array:
     return jnp.where(jnp.all(run, axis=(1, 2))[:, None], start[:, :, 0], -1)
 
 
-def _divisor(n: int, most: int) -> int:
-    """The largest divisor of `n` that is at most `most`, and at least 1."""
-    return max(d for d in range(1, n + 1) if n % d == 0 and d <= max(1, most))
+def heads_at_once(kv_heads: int, width: int, half: int) -> int:
+    """Heads of a thread block, which reads the tables once for all of them.
+
+    Beside the tables of 128 pairs no second thread block fits, so the first takes twice as many.
+    """
+    wide = 2 * ROWS * half * 4 >= _MOST
+    most = max(1, (2 * _MOST if wide else _MOST) // (ROWS * width * 2))
+    return max(n for n in range(1, kv_heads + 1) if kv_heads % n == 0 and n <= most)

@@ -13,9 +13,9 @@ from typing import NamedTuple
 
 _BITS = {"pred": 8, "s8": 8, "u8": 8, "f8e4m3fn": 8, "s16": 16, "u16": 16, "bf16": 16, "f16": 16,
          "s32": 32, "u32": 32, "f32": 32, "s64": 64, "u64": 64}  # fmt: skip
-_FREE = {"parameter", "constant", "bitcast", "tuple", "get-tuple-element", "copy-done",
+FREE = {"parameter", "constant", "bitcast", "tuple", "get-tuple-element", "copy-done",
          "slice-done", "async-done", "after-all"}  # fmt: skip
-_UNKNOWN = {"while", "conditional", "call"}  # how often they run is not in the text
+_UNKNOWN = {"while", "conditional", "call"}  # how often they run may not be in the text
 _ARRAY = re.compile(r"(\w+)\[([\d,]*)\](?:\{([^}]*)\})?")
 _LINE = re.compile(r"^\s*(?:ROOT )?%?([\w.-]+) = (\(.*?\)|\S+) ([\w-]+)\((.*)$")
 _ESTIMATE = re.compile(r'"bytes_accessed":\s*"?(\d+)')
@@ -26,6 +26,7 @@ class Instruction(NamedTuple):
 
     name: str
     arrays: list[tuple[int, bool]]  # bytes of each result, and whether it is in HBM
+    elements: list[tuple[int, int]]  # numbers in each result, and bytes of one
     op: str
     operands: list[str]
     text: str
@@ -52,9 +53,14 @@ def instructions(text: str) -> list[Instruction]:
             break
         if match := _LINE.match(line):
             name, result, op, rest = match.groups()
-            arrays = [array_bytes(*x) for x in _ARRAY.findall(result) if x[0] in _BITS]
+            results = [x for x in _ARRAY.findall(result) if x[0] in _BITS]
+            arrays = [array_bytes(*x) for x in results]
+            elements = [
+                (math.prod(int(n) for n in dims.split(",") if n), _BITS[dtype] // 8)
+                for dtype, dims, _ in results
+            ]
             operands = re.findall(r"%([\w.-]+)", rest.partition("), ")[0])
-            found.append(Instruction(name, arrays, op, operands, rest))
+            found.append(Instruction(name, arrays, elements, op, operands, rest))
     return found
 
 
@@ -66,7 +72,7 @@ def hbm_bytes(text: str) -> int:
         made[one.name] = one.arrays
         if one.op in _UNKNOWN:
             raise ValueError(f"{one.op} {one.name}: its bytes depend on data")
-        if one.op in _FREE:
+        if one.op in FREE:
             continue
         read = [x for name in one.operands for x in made[name]]
         total += _kernel(one, read) if one.op == "custom-call" else _whole(one, read)
