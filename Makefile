@@ -16,7 +16,7 @@ CONSTRAINTS := $(wildcard constraints-py$(VERSION).txt)
 PIP_FLAGS := --quiet --quiet --disable-pip-version-check $(addprefix -c ,$(CONSTRAINTS))
 WORKERS ?= 2
 
-.PHONY: help demo test test-slow soak lint parity aot aot-install bench readme-tables clean
+.PHONY: help demo test test-slow soak lint parity aot aot-install bench readme-tables readme-plots clean
 
 help:
 	@echo "make demo       install, fetch a small model, run batch inference over examples/"
@@ -28,6 +28,7 @@ help:
 	@echo "make aot        kernels compiled for TPUs and GPUs without one, in an environment of its own"
 	@echo "make bench      against other engines, in environments of their own"
 	@echo "make readme-tables  the README's numbers, from benchmarks/results"
+	@echo "make readme-plots   its pictures"
 	@echo "make clean      remove the environments"
 
 # A stamp per dependency group: written when the group is installed, out of date when the
@@ -92,6 +93,14 @@ aot-install:
 
 readme-tables: $(STAMP)
 	$(BIN)/python -m kvjax.benchmarks.readme_tables README.md
+
+PLOTS := docs/plots
+SHOWN := first-token-shared-prefix reuse-quality-binding
+
+readme-plots: $(STAMP)-test
+	$(BIN)/kvjax bench report benchmarks/results/*.json* -o $(VENV)/report.html --png $(VENV)/plots
+	@mkdir -p $(PLOTS)
+	@for name in $(SHOWN); do cp $(VENV)/plots/$$name.png $(PLOTS)/; done
 
 bench: $(STAMP)
 	$(BIN)/kvjax bench engine

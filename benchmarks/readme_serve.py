@@ -17,6 +17,7 @@ _FIGURES = (  # key, row, factor, digits
     ("median_ttft_ms", "first token, median (s)", 0.001, 2),
     ("median_tpot_ms", "per further token, median (ms)", 1.0, 0),
     ("cache_hit_rate", "prompt tokens cached (%)", 100.0, 0),
+    ("same_outputs", "all tokens as kvjax's (% of requests)", 100.0, 0),
 )
 
 

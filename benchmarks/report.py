@@ -18,9 +18,11 @@ from typing import Any
 import numpy as np
 
 from kvjax.benchmarks import png, results, reuse_methods, reuse_table, samples, svg
+from kvjax.benchmarks.peers import TARGETS
 from kvjax.benchmarks.svg import Bars, Plot, Series
 
 Run = Mapping[str, Any]
+_COLOURS = {name: number for number, name in enumerate(TARGETS)}  # the same in every plot
 _STYLE = (
     "body{font-family:sans-serif;max-width:60em;margin:2em auto;color:#222}"
     "table{border-collapse:collapse;margin:1em 0}td,th{padding:.2em .7em;border:1px solid #ccc;"
@@ -83,7 +85,9 @@ def plots(runs: Mapping[str, Run], reuse: Mapping[str, Any]) -> dict[str, Plot |
         found |= dict(kind(runs))
     for name, readings in reuse.items():
         for corpus in readings.corpora:
-            found[f"reuse-quality-{corpus}-{Path(name).stem}"] = reuse_plot(readings, corpus)
+            alone = f"reuse-quality-{corpus}"
+            key = f"{alone}-{Path(name).stem}" if alone in found else alone
+            found[key] = reuse_plot(readings, corpus)
     return {name: one for name, one in found.items() if svg.draw(one)}
 
 
@@ -104,10 +108,16 @@ def _serving(runs: Mapping[str, Run]) -> Iterator[tuple[str, Plot | Bars]]:
                 points.setdefault(side.target, []).append(at)
         yield f"frontier-{workload}", Plot(
             f"Throughput against latency: {workload}", "median time of a request (s)",
-            "output tokens per second", [Series(t, sorted(found)) for t, found in points.items()],
+            "output tokens per second",
+            [Series(t, sorted(found), colour=_COLOURS.get(t)) for t, found in points.items()],
         )  # fmt: skip
         first = [
-            Series(side.name(group), svg.cumulative(seconds), marks=False)
+            Series(
+                side.name(group),
+                svg.cumulative(seconds),
+                marks=False,
+                colour=_COLOURS.get(side.name(group)),
+            )
             for side in group
             if (seconds := [t for t in side.part.get("ttfts", []) if t is not None])
         ]
@@ -120,7 +130,10 @@ def _serving(runs: Mapping[str, Run]) -> Iterator[tuple[str, Plot | Bars]]:
             for side in group
             if side.part.get("cache_hit_rate") is not None
         ]
-        yield f"cache-{workload}", Bars(f"Prompt tokens from the cache: {workload}", "%", hits)
+        yield (
+            f"cache-{workload}",
+            Bars(f"Prompt tokens from the cache: {workload}", "%", hits, 100.0),
+        )
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

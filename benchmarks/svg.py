@@ -20,6 +20,7 @@ class Series:
     points: Sequence[tuple[float, float]]
     line: bool = True
     marks: bool = True
+    colour: int | None = None  # of `COLOURS`; None: by its place among the series
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -36,11 +37,12 @@ class Plot:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Bars:
-    """Named values as horizontal bars."""
+    """Named values as horizontal bars; `most` is the value of a full one (the largest)."""
 
     title: str
     unit: str
     values: Sequence[tuple[str, float]]
+    most: float | None = None
 
 
 def draw(what: Plot | Bars) -> str:
@@ -58,10 +60,10 @@ def cumulative(values: Sequence[float]) -> list[tuple[float, float]]:
 
 
 def ticks(low: float, high: float) -> list[float]:
-    """Some five round numbers in between, the first at a multiple of their distance."""
+    """Some six round numbers in between, the first at a multiple of their distance."""
     if high <= low:
         return [high]
-    raw = (high - low) / 5
+    raw = (high - low) / 6
     scale = 10 ** math.floor(math.log10(raw))
     step = next(s * scale for s in (1, 2, 5, 10) if s * scale >= raw)
     first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
@@ -124,7 +126,7 @@ def _plot(plot: Plot) -> str:
     body = _frame(plot, x_axis, y_axis)
     named = len(series) > 1 or bool(series[0].name)
     for number, one in enumerate(series):
-        colour = COLOURS[number % len(COLOURS)]
+        colour = COLOURS[(number if one.colour is None else one.colour) % len(COLOURS)]
         mark = _MARKS[number // len(COLOURS) % len(_MARKS)]
         at = [(x_axis.at(x), y_axis.at(y)) for x, y in one.points]
         if one.line and len(at) > 1:
@@ -194,7 +196,7 @@ def _mark(kind: str, x: float, y: float, colour: str) -> str:
 def _bars(bars: Bars) -> str:
     if not bars.values:
         return ""
-    most = max(value for _, value in bars.values) or 1.0
+    most = bars.most or max(value for _, value in bars.values) or 1.0
     height = 22
     left = min(16 + _CHAR * max(len(name) for name, _ in bars.values), WIDTH / 2)
     body = [text(WIDTH / 2, 22, bars.title, "middle", size=14)]

@@ -20,6 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     flags.add_engine(parser)
     flags.add_workload(parser)
     parser.add_argument("--n", type=int, help="completions of each prompt (the workload's)")
+    parser.add_argument("--async-engine", action="store_true", help="AsyncLLM instead of LLM")
     parser.add_argument("--rounds", type=int, default=3, help="runs of all prompts (3)")
     flags.add_results(parser, "throughput")
 
@@ -38,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
         "seed": args.seed,
         "model": {"name": Path(args.model).name},
         "workload": flags.about(name, options, requests),
-        "sizes": {"n": args.n},
+        "sizes": {"n": args.n, "async_engine": args.async_engine},
     }
     record = measure(args, requests, about)
     results.write_json(args.output_json, record)
@@ -60,12 +61,13 @@ def measure(
 ) -> dict[str, Any]:
     """The record of all rounds; the file holds those so far after each of them."""
     from kvjax import LLM, SamplingParams
+    from kvjax.benchmarks.async_engine import AsyncEngine
     from kvjax.build import open_checkpoint
 
     settings = flags.engine_settings(args)
     open_checkpoint(args.model)  # a wrong name is said before anything is measured
     about["ceilings"] = bounds.ceilings(args.dtype)
-    llm = LLM(args.model, **settings)
+    llm = AsyncEngine(args.model, **settings) if args.async_engine else LLM(args.model, **settings)
     llm.warm_up()
     about["engine"] = engine_manifest.of_engine(llm.engine, llm.get_tokenizer())
     prompts = [_prompt(request) for request in requests]
@@ -105,6 +107,8 @@ def measure(
         work, seconds = bounds.Work.of(llm.engine), record["elapsed_time"]
         record |= bounds.shares(work, ceilings, ran, seconds, added["steps"])
     record |= {**added, **engine_manifest.peak_memory(), "programs": before.compiles}
+    if isinstance(llm, AsyncEngine):
+        llm.close()
     return {**record, "compile_seconds": before.compile_seconds, "status": "complete"}
 
 

@@ -53,6 +53,8 @@ def test_throughput_is_measured_by_rounds(tmp_path, model, capsys):
     assert 0 < record["num_cached_tokens"] < 2 * 4 * 24
     assert "total tokens/s" in capsys.readouterr().out
     assert main(["compare", str(tmp_path / "r.json"), str(tmp_path / "r.json")]) == 0
+    same = run(tmp_path, "throughput", f"--model={model}", *words, "--rounds=1", "--async-engine")
+    assert same["total_num_tokens"] == 4 * (16 + 8 + 4)
 
 
 @pytest.mark.slow
