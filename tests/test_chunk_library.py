@@ -188,7 +188,7 @@ def test_variants_of_strategies_serve_from_a_file_as_they_did_before(checkpoint,
     states without any pages."""
     path = tmp_path / "chunks"
     first = opened(checkpoint, kv_cache_memory=2**22)
-    craft = "cachecraft:ratio=0.3"
+    craft = "cachecraft:ratio=0.3,focus=1"
     texts = ["CREATE TABLE p (a INT);", "CREATE TABLE c (b INT REFERENCES p (a));"]
     first.chunks.put(texts, strategy="tablecache")
     first.chunks.put([C], strategy="hcache")

@@ -102,7 +102,7 @@ def test_a_question_over_several_chunks_at_once_scores_each_as_alone(small):
     chunks.append(chunks[4])
     together = selector.scores(chunks, question)
     assert selector.num_encoded == 18
-    for number in (0, 1, 4, 17, 18):
+    for number in (0, 17, 18):
         alone = by_hand(small, chunks[number], question)
         np.testing.assert_allclose(together[number], alone, atol=1e-5)
     assert all(scores.sum() == pytest.approx(1, abs=1e-4) for scores in together)
