@@ -161,10 +161,10 @@ def _passes(
     instrument: Instrument, pairs: Sequence[tuple[str, str]]
 ) -> list[list[tuple[str, str]]]:
     """The pairs that one filling of the stores serves: every method that learns by itself."""
-    passes: dict[str, list[tuple[str, str]]] = {}
+    passes: dict[str, list[tuple[str, str]]] = {"": []}  # first, whatever a resumed run lacks
     for item_id, spec in pairs:
         passes.setdefault(spec if instrument.learns(spec) else "", []).append((item_id, spec))
-    return list(passes.values())
+    return [some for some in passes.values() if some]
 
 
 def _wanted(corpus: Corpus, specs: Sequence[str], count: int | None) -> list[tuple[str, str]]:

@@ -223,16 +223,28 @@ def low_rank_patch(
     left = np.zeros((layers - shallow, tokens, rank), dtype)
     right = np.zeros((layers - shallow, rank, joined.shape[2]), dtype)
     for number, delta in enumerate(joined[shallow:]):
-        u, s, vt = np.linalg.svd(delta, full_matrices=False)
-        kept, root = min(rank, len(s)), np.sqrt(s)
-        left[number, :, :kept] = u[:, :kept] * root[:kept]
-        right[number, :kept] = root[:kept, None] * vt[:kept]
+        kept = min(rank, *delta.shape)
+        left[number, :, :kept], right[number, :kept] = _best_factors(delta, kept)
     at = heads * widths[0]
     k = right[:, :, :at].reshape(-1, rank, heads, widths[0])
     if len(widths) == 1:
         return KVPatch(k, None, left, l0=shallow)
     v = right[:, :, at:].reshape(-1, rank, heads, widths[1])
     return KVPatch(k, v, left, left, l0=shallow)
+
+
+def _best_factors(delta: np.ndarray, rank: int) -> tuple[np.ndarray, np.ndarray]:
+    """The two factors of the matrix of `rank` nearest to `delta`, each with the root of a singular
+    value. From the eigenvectors of the smaller Gram matrix, which take a third of an SVD's time."""
+    exact = delta.astype(np.float64)
+    wide = exact if delta.shape[0] <= delta.shape[1] else exact.T
+    _, vectors = np.linalg.eigh(wide @ wide.T)  # ascending
+    basis = vectors[:, ::-1][:, :rank]
+    within = basis.T @ wide
+    root = np.sqrt(np.linalg.norm(within, axis=1))
+    other = np.divide(within, root[:, None], out=np.zeros_like(within), where=root[:, None] > 0)
+    factors = basis * root, other
+    return factors if wide is exact else (factors[1].T, factors[0].T)
 
 
 def orders(count: int, most: int) -> Iterator[tuple[int, ...]]:

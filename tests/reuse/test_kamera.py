@@ -110,6 +110,21 @@ def test_more_rank_is_nearer_to_the_joint_encoding():
     assert errors[-1] < 1e-6
 
 
+@pytest.mark.parametrize("tokens", [5, 40])
+def test_no_patch_of_its_rank_is_nearer(tokens):
+    """What is left are the singular values behind its rank (Eckart and Young)."""
+    rng = np.random.default_rng(1)
+    zero, k, v = np.zeros((3, 1, tokens, 2, 4), np.float32)
+    k, v = (rng.normal(size=k.shape).astype(np.float32) for _ in "kv")
+    patch = low_rank_patch((zero, zero), (k, v), 2)
+    assert patch.k_left is not None
+    joined = np.concatenate([x.reshape(tokens, -1) for x in (k, v)], axis=1)
+    right = np.concatenate([x.reshape(2, -1) for x in (patch.k, patch.v)], axis=1)
+    rest = np.linalg.norm(joined - patch.k_left[0] @ right)
+    values = np.linalg.svd(joined, compute_uv=False)
+    np.testing.assert_allclose(rest, np.linalg.norm(values[2:]), rtol=1e-5)
+
+
 def test_the_truncated_patch_keeps_the_largest_direction():
     """Deltas 3 and 1 in orthogonal directions: rank 1 keeps the 3, and nothing of the 1."""
     zero = np.zeros((1, 2, 1, 2), np.float32)
