@@ -11,6 +11,7 @@ from starlette.types import Receive, Scope, Send
 
 from kvjax.cache.events import BlockEvents, Event
 from kvjax.engine import Engine
+from kvjax.errors import KVJaxError
 from kvjax.serving.generation import Disconnected, event, until_disconnected
 from kvjax.serving.service import Service
 
@@ -88,7 +89,7 @@ class EventHub:
             yield queue
         finally:
             self._queues.discard(queue)
-            if llm.is_alive:
+            with contextlib.suppress(KVJaxError):  # the engine is gone, and its tree with it
                 await llm.call(lambda: tree.observers.remove(observer))
 
     def close(self) -> None:

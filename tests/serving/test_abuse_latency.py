@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Iterator
 
+import psutil
 import pytest
 
 from tests.serving.test_process import FLAGS, Process
@@ -40,6 +41,8 @@ def test_latency_stays_within_one_and_a_half_while_bad_clients_do_their_worst(pr
     abusers = subprocess.Popen([sys.executable, "-m", "tests.serving.abusers", port, "0"])
     try:
         time.sleep(2.0)  # until all of them are at it
+        memory = psutil.Process(process.popen.pid)
+        before = memory.memory_info().rss
         alone: list[float] = []
         abused: list[float] = []
         for _ in range(ROUNDS):
@@ -48,12 +51,14 @@ def test_latency_stays_within_one_and_a_half_while_bad_clients_do_their_worst(pr
             alone += [ask(process) for _ in range(ASKED)]
             abusers.send_signal(signal.SIGCONT)
         assert abusers.poll() is None
+        grown = memory.memory_info().rss - before
     finally:
         abusers.kill()
         abusers.wait()
     ratio = statistics.median(abused) / statistics.median(alone)
-    print(f"\n{ratio:.2f} of {statistics.median(alone) * 1000:.0f} ms")
+    print(f"\n{ratio:.2f} of {statistics.median(alone) * 1000:.0f} ms, {grown / 2**20:+.1f} MiB")
     assert ratio < 1.5
+    assert grown < 32 << 20
     status, refused = process.ask("/metrics")
     assert status == 200
     for name in ("400", "408", "413"):

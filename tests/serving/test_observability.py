@@ -3,6 +3,7 @@
 import http.server
 import itertools
 import json
+import logging
 import re
 import threading
 from collections.abc import Iterator
@@ -14,8 +15,9 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTrace
 
 from kvjax.cache.pool import PagePool
 from kvjax.cache.radix import RadixTree
+from kvjax.serving.gate import JSONFormatter
 from kvjax.serving.metrics import Metrics, PageTimes
-from tests.serving.live_server import serving
+from tests.serving.live_server import serving, until
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
 
@@ -69,6 +71,18 @@ def test_a_request_leaves_a_span_with_its_phases_in_the_clients_trace(tiny_path,
     assert phases[-1].end_time_unix_nano == whole.end_time_unix_nano
     for before, after in itertools.pairwise(phases):
         assert before.end_time_unix_nano == after.start_time_unix_nano
+
+
+def test_a_line_of_the_log_is_json_with_the_id_of_its_request(served, caplog):
+    with caplog.at_level(logging.INFO, "kvjax.serving.access"):
+        body = {"prompt": "abc", "max_tokens": 1}
+        assert served.post("/v1/completions", body, **{"X-Request-Id": "mine-1"})[0] == 200
+        until(lambda: any("/v1/completions" in text for text in caplog.messages))
+    (record,) = (r for r in caplog.records if "/v1/completions" in r.getMessage())
+    line = json.loads(JSONFormatter().format(record))
+    assert (line["request_id"], line["status"], line["method"]) == ("mine-1", 200, "POST")
+    assert line["path"] == "/v1/completions"
+    assert line["seconds"] > 0
 
 
 def test_every_metric_of_the_dashboard_is_exported(served):

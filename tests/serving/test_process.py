@@ -1,7 +1,9 @@
 """`kvjax serve` as a process: the ready line, the settings' layers, signals."""
 
 import concurrent.futures
+import contextlib
 import http.client
+import json
 import os
 import re
 import signal
@@ -105,18 +107,29 @@ def test_a_second_sigterm_stops_at_once(start, tiny_path):
 
 
 @pytest.mark.slow
-def test_a_killed_server_starts_again_from_the_same_folders(start, tiny_path, tmp_path):
+def test_a_server_killed_in_a_stream_or_while_it_starts_leaves_nothing_broken(
+    start, tiny_path, tmp_path
+):
     cache = {"KVJAX_CACHE_DIR": str(tmp_path / "cache")}
-    body = b'{"prompt": "ab", "max_tokens": 500, "ignore_eos": true, "temperature": 0}'
-    first = start(str(tiny_path), "--port=0", *FLAGS, **cache)
-    with concurrent.futures.ThreadPoolExecutor() as pool:
-        broken = pool.submit(first.ask, "/v1/completions", body)
-        until(lambda: b'"running":1' in first.ask("/v1/kv/stats")[1])
-        first.popen.kill()
-        with pytest.raises((urllib.error.URLError, http.client.HTTPException, ConnectionError)):
-            broken.result()
-    second = start(str(tiny_path), "--port=0", *FLAGS, **cache)
-    assert second.ask("/v1/completions", body)[0] == 200
+    words = [str(tiny_path), "--port=0", *FLAGS]
+    body = {"prompt": "ab", "max_tokens": 500, "ignore_eos": True, "temperature": 0}
+    loading = start(*words, **cache)
+    until(lambda: any((tmp_path / "cache").rglob("*")))  # programs are being written
+    loading.popen.kill()
+    first = start(*words, **cache)
+    whole = json.loads(first.ask("/v1/completions", json.dumps(body).encode())[1])
+    connection = http.client.HTTPConnection(first.url.removeprefix("http://"), timeout=60)
+    stream = json.dumps({**body, "stream": True}).encode()
+    connection.request("POST", "/v1/completions", stream, {"Content-Type": "application/json"})
+    answer = connection.getresponse()
+    assert answer.readline().startswith(b"data: ")
+    first.popen.kill()
+    with contextlib.suppress(http.client.IncompleteRead, ConnectionError):
+        assert b"[DONE]" not in answer.read()
+    second = start(*words, **cache)
+    again = json.loads(second.ask("/v1/completions", json.dumps(body).encode())[1])
+    assert again["choices"] == whole["choices"]
+    assert again["usage"]["completion_tokens"] == 500
 
 
 def test_a_flag_wins_over_the_environment_and_that_over_the_file(start, tiny_path, tmp_path):
