@@ -156,7 +156,9 @@ async def measure(
     if serve_flags.BACKENDS[backend] is None:
         from kvjax.build import open_checkpoint
 
-        open_checkpoint(args.model or flags.MODEL)
+        checkpoint = open_checkpoint(args.model or flags.MODEL)
+        if args.peer and checkpoint.format != "gguf":
+            raise ValueError("--peer needs a GGUF file: the peers' weights are made from it")
         about = record["manifest"]
         about["ceilings"] = await asyncio.to_thread(bounds.ceilings, args.dtype)
     if args.peer:
