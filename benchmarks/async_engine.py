@@ -30,10 +30,7 @@ class AsyncEngine:
             prompts, params = [prompts], [params]
 
         async def last(prompt: Any, one: Any) -> Any:
-            output = None
-            async for output in self._llm.generate(prompt, one):
-                pass
-            return output
+            return [output async for output in self._llm.generate(prompt, one)][-1]
 
         async def every() -> list[Any]:
             return await asyncio.gather(*map(last, prompts, params))

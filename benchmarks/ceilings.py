@@ -13,10 +13,13 @@ from typing import Any
 from kvjax.benchmarks.kernels import Timer
 
 _ROWS, _ROUNDS = 512, 5
+_DTYPES = ("float32", "bfloat16", "int8")
 
 
 def measure(dtype: str) -> dict[str, float]:
     """Bytes per second and FLOPs per second on the default device; takes a few seconds."""
+    if dtype not in _DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(_DTYPES)}, got {dtype!r}")
     import jax
 
     from kvjax.benchmarks import kernel_cases as cases

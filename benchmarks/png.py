@@ -1,5 +1,6 @@
 """Plots of the report as PNG files, for pages that show no SVG. Needs the `bench` extra."""
 
+import importlib
 from pathlib import Path
 
 from kvjax.benchmarks import svg
@@ -13,7 +14,7 @@ def write(drawing: str, path: Path) -> None:
     Raises `ValueError` if the renderer is not installed, or finds no font for the labels.
     """
     try:
-        import resvg_py
+        resvg_py = importlib.import_module("resvg_py")
     except ImportError:
         raise ValueError("PNG files need resvg-py: pip install 'kvjax[bench]'") from None
 

@@ -156,7 +156,9 @@ async def measure(
     if serve_flags.BACKENDS[backend] is None:
         from kvjax.build import open_checkpoint
 
-        open_checkpoint(args.model or flags.MODEL)
+        checkpoint = open_checkpoint(args.model or flags.MODEL)
+        if args.peer and checkpoint.format != "gguf":
+            raise ValueError("--peer needs a GGUF file: the peers' weights are made from it")
         about = record["manifest"]
         about["ceilings"] = await asyncio.to_thread(bounds.ceilings, args.dtype)
     if args.peer:
@@ -168,7 +170,7 @@ async def measure(
     def save() -> None:
         if side.rounds:
             record.update(side.result(plan))
-            if args.reuse:  # staged prefills count their padding, but not what is none
+            if args.reuse:  # of a staged prefill the engine counts the padded rows alone
                 record["padding_waste"] = None
         for peer in sides[1:]:
             if peer.rounds and not peer.failure:
@@ -191,7 +193,9 @@ async def measure(
     try:
         async with contextlib.AsyncExitStack() as stack:
             if args.profile:
-                traces = {} if side.count is None else {"folder": args.result_dir / "profile"}
+                folder = args.result_dir / "profile"
+                traces = {} if side.count is None else {"folder": folder}
+                print(f"profile: {folder if traces else 'where the server keeps its own'}")
                 await stack.enter_async_context(side.target.profile(**traces))  # type: ignore[attr-defined]
             await run_rounds(sides, plan, save, check if args.peer else None)
         record["status"] = "complete"

@@ -85,8 +85,6 @@ def open_peers(args: argparse.Namespace, record: dict[str, Any]) -> list[Side]:
     from kvjax.build import open_checkpoint
 
     checkpoint = open_checkpoint(args.model or flags.MODEL)
-    if checkpoint.format != "gguf":
-        raise ValueError("--peer needs a GGUF file: the peers' weights are made from it")
     settings = {**_SIZES, **flags.engine_settings(args)}
     options = [f"{k}={json.dumps(v)}" for k, v in settings.items() if k != "dtype"]
     asked = argparse.Namespace(

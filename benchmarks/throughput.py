@@ -95,8 +95,8 @@ def measure(
             "num_cached_tokens": sum(o.num_cached_tokens for o in outputs),
         }
         ran += [
-            bounds.Sequence(len(o.prompt_token_ids), o.num_cached_tokens, p.max_tokens, p.n)
-            for o, p in zip(outputs, params, strict=True)
+            bounds.Sequence(len(o.prompt_token_ids), o.num_cached_tokens, r.max_tokens, p.n)
+            for o, p, r in zip(outputs, params, requests, strict=True)
         ]
         rounds.append(rates(seconds, len(requests), counts))
         record |= {"status": "running", **together(rounds), "rounds": rounds}

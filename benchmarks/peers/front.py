@@ -63,7 +63,7 @@ class Front:
         except Exception as error:
             self._event(writer, {"error": {"message": f"{type(error).__name__}: {error}"}})
             return
-        usage = {"prompt_tokens": len(prompt), "completion_tokens": count}
+        usage: dict = {"prompt_tokens": len(prompt), "completion_tokens": count}
         if cached is not None:
             usage["prompt_tokens_details"] = {"cached_tokens": cached}
         self._event(writer, {"choices": [], "usage": usage})

@@ -44,10 +44,10 @@ def boxes(plot):
     turned = {id(e) for g in plot.iter() if g.get("transform") for e in g.iter()}
     for e in plot.iter():
         if e.tag.endswith("text") and id(e) not in turned:
-            wide = len(e.text) * 0.57 * float(e.get("font-size"))
-            shift = {"start": 0, "middle": wide / 2, "end": wide}[e.get("text-anchor")]
-            left = float(e.get("x")) - shift
-            yield left, left + wide, float(e.get("y"))
+            wide = len(e.text) * 0.57 * float(e.attrib["font-size"])
+            shift = {"start": 0, "middle": wide / 2, "end": wide}[e.attrib["text-anchor"]]
+            left = float(e.attrib["x"]) - shift
+            yield left, left + wide, float(e.attrib["y"])
 
 
 def test_a_page_of_all_committed_results_needs_nothing_from_elsewhere(tmp_path, capsys):
@@ -59,7 +59,7 @@ def test_a_page_of_all_committed_results_needs_nothing_from_elsewhere(tmp_path, 
     shown = [texts(one)[0] for one in plots(page)]
     for wanted in ("under the device's ceilings, bfloat16", "Reuse: speed against quality, lookup",
                    "First token over 4,000 stored tokens"):  # fmt: skip
-        assert any(wanted in title for title in shown), wanted
+        assert any(wanted in str(title) for title in shown), wanted
     for path in COMMITTED:
         assert f"<h2>{path.name}</h2>" in page
     assert str(out) in capsys.readouterr().out
@@ -93,9 +93,12 @@ def test_reuse_is_speed_against_quality():
 def test_a_load_tells_two_runs_of_one_target_apart():
     runs = {"a": {**SERVED, "max_concurrency": 4}, "b": {**SERVED, "request_rate": 2.0}}
     found = report.plots(runs, {})
-    names = [s.name for s in found["first-token-rag"].series]
+    first, frontier = found["first-token-rag"], found["frontier-rag"]
+    assert isinstance(first, Plot)
+    assert isinstance(frontier, Plot)
+    names = [s.name for s in first.series]
     assert names == ["kvjax, 4 at a time", "kvjax, 2.0/s"]
-    assert len(found["frontier-rag"].series[0].points) == 2
+    assert len(frontier.series[0].points) == 2
 
 
 def test_no_words_of_any_plot_of_the_committed_results_overlap():
@@ -116,9 +119,12 @@ def test_no_words_of_any_plot_of_the_committed_results_overlap():
 
 def test_a_point_lies_where_its_values_say():
     plot = drawn(Plot("t", "x", "y", [Series("", [(0, 0), (10, 20)])]))
-    (frame,) = [e.get("d") for e in plot if (e.get("stroke") or "") == "#333" and "H" in e.get("d")]
+    lines = [e.attrib["d"] for e in plot if e.get("stroke") == "#333"]
+    (frame,) = [line for line in lines if "H" in line]
     left, top, bottom, right = map(float, re.findall(r"[\d.]+", frame))
-    circles = [(float(e.get("cx")), float(e.get("cy"))) for e in plot if e.tag.endswith("circle")]
+    circles = [
+        (float(e.attrib["cx"]), float(e.attrib["cy"])) for e in plot if e.tag.endswith("circle")
+    ]
     (x0, y0), (x1, y1) = circles
     assert (x0, y0) == (left, bottom)  # both axes begin at 0 and end 5 % behind the last value
     assert (x1, y1) == (

@@ -78,7 +78,10 @@ def test_an_engine_in_process_is_measured(tmp_path, model, capsys):
 def test_passages_are_served_by_a_reuse_strategy(tmp_path, model):
     words = ["--dataset-name=long-document", "--context-len=16", "--num-contexts=3",
              "--reuse=naive", "--engine-option=force_reuse=true"]  # fmt: skip
-    _, record = run(tmp_path, f"--model={model}", *ENGINE, *SMALL, *words, "--max-concurrency=1")
+    words += ["--max-concurrency=1", "--profile"]
+    _, record = run(tmp_path, f"--model={model}", *ENGINE, *SMALL, *words)
+    assert list((tmp_path / "profile").rglob("*.xplane.pb"))
+    assert record["padding_waste"] is None
     assert record["failed"] == 0
     assert record["total_shifted_tokens"] >= 3 * 16
 
