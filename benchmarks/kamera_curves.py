@@ -8,14 +8,15 @@ a patch does harm. Questions play no part in how a patch is made.
     rank      patches of a rank, where they were made for
     moved     ... with so many tokens of other text put in front of all
     order     the passages in front reversed: patches of the first order, of that one, an orbit's
-    stale     the first passages replaced by others (which have patches for where they are)
+    stale     the first passages replaced by others, which have patches for where they are: also
+              against refusing those that are stale, and against fresh ones for all
 """
 
 import argparse
 import dataclasses
 import random
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -123,9 +124,12 @@ class _Bench:
         yield ("order", "of the first"), self._refused(turned) | self._compare(turned, made)
         for count in args.stale:
             edited = self._edited(item, count)
-            refused = self._refused(edited)
+            if count:  # what is new has its patches, and what is old keeps those of before
+                new = dataclasses.replace(edited, passages=edited.passages[:count])
+                self._llm.condition(new.prompt(_chunk)[:-1], strategy=fresh)
+            found = self._refused(edited) | self._compare(edited, made)
+            found["kl_refusing"] = self._compare(edited, fresh)["kl_patched"]
             self._llm.condition(edited.prompt(_chunk)[:-1], strategy=fresh)
-            found = refused | self._compare(edited, made)
             found["kl_fresh"] = self._compare(edited, fresh)["kl_patched"]
             yield ("stale", count), found
         for name, orbit, of in (("of its own", 1, turned), (f"orbit of {args.orbit}", args.orbit,
@@ -216,29 +220,38 @@ def _summary(readings: dict[str, dict[str, list[dict[str, float]]]]) -> dict[str
             recovery = intervals.recovery(columns["kl_patched"], columns["kl_naive"])
             out.setdefault(curve, {})[at] = {
                 "items": len(found),
-                "recovery": _numbers([recovery.value, recovery.low, recovery.high]),
+                "recovery": _numbers(recovery),
                 **{name: statistics.fmean(column) for name, column in columns.items()},
             }
+            if curve == "stale" and at != "0":
+                stale = intervals.recovery(columns["kl_patched"], columns["kl_refusing"])
+                out[curve][at]["over_refusing"] = _numbers(stale)
     return out
 
 
-def _numbers(values: Sequence[float]) -> list[float | None]:
-    return [float(value) if np.isfinite(value) else None for value in values]
+def _numbers(found: intervals.Interval) -> list[float | None]:
+    bounds = (found.value, found.low, found.high)
+    return [float(value) if np.isfinite(value) else None for value in bounds]
 
 
 def table(curves: dict[str, Any]) -> str:
     """The curves as markdown."""
-    lines = ["| curve | at | recovery | KL naive | patched | fresh patch | refused | patch / KV |",
-             "|---|---|---|---|---|---|---|---|"]  # fmt: skip
+    lines = ["| curve | at | recovery | over refusing | KL naive | patched | refusing | fresh "
+             "| refused | patch / KV |", "|" + "---|" * 10]  # fmt: skip
     for curve, places in curves.items():
         for at, row in places.items():
-            value, low, high = row["recovery"]
-            told = "-" if value is None else f"{value:.3f} [{low:.3f}, {high:.3f}]"
-            rest = [
-                "" if name not in row else form.format(row[name])
-                for name, form in (("kl_fresh", "{:.4f}"), ("refused", "{:.0%}"),
-                                   ("patch_share", "{:.0%}"))
-            ]  # fmt: skip
-            kls = f"{row['kl_naive']:.4f} | {row['kl_patched']:.4f}"
-            lines.append(f"| {curve} | {at} | {told} | {kls} | {' | '.join(rest)} |")
+            shares = [_told(row.get(name)) for name in ("recovery", "over_refusing")]
+            kls = ("kl_naive", "kl_patched", "kl_refusing", "kl_fresh")
+            forms = [*((name, "{:.4f}") for name in kls), ("refused", "{:.0%}"),
+                     ("patch_share", "{:.0%}")]  # fmt: skip
+            rest = [form.format(row[name]) if name in row else "" for name, form in forms]
+            lines.append("| " + " | ".join([curve, at, *shares, *rest]) + " |")
     return "\n".join(lines) + "\n"
+
+
+def _told(share: list[float | None] | None) -> str:
+    if share is None:
+        return ""
+    return " to ".join("-" if value is None else f"{value:.3f}" for value in share[1:]) + (
+        "" if share[0] is None else f" ({share[0]:.3f})"
+    )
