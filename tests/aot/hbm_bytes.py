@@ -79,6 +79,37 @@ def hbm_bytes(text: str) -> int:
     return total
 
 
+def kept_bytes(text: str) -> int:
+    """Of `hbm_bytes`, those of temporaries: written to HBM by one instruction, read by another.
+
+    The compiler's own choice: it has moved them out of VMEM, or found no room for them there.
+    """
+    by_name = {one.name: one for one in instructions(text)}
+    ends = [list(by_name)[-1]]  # the root, and what it is made of without an instruction
+    for name in ends:
+        if by_name[name].op in FREE:
+            ends += [x for x in by_name[name].operands if x in by_name]
+    total = 0
+    for one in by_name.values():
+        if one.op in FREE:
+            continue
+        if one.name not in ends:
+            written = one.arrays[:1] if one.op.endswith("-start") else one.arrays
+            total += sum(size for size, in_hbm in written if in_hbm)
+        for name in one.operands:
+            if not _given(by_name, name):
+                total += sum(size for size, in_hbm in by_name[name].arrays[:1] if in_hbm)
+    return total
+
+
+def _given(by_name: dict[str, Instruction], name: str) -> bool:
+    """Whether an operand is, or is a part of, a parameter or a constant."""
+    one = by_name[name]
+    if one.op in ("bitcast", "get-tuple-element"):
+        return _given(by_name, one.operands[0])
+    return one.op in ("parameter", "constant")
+
+
 def _whole(one: Instruction, read: list[tuple[int, bool]]) -> int:
     written = one.arrays
     if one.op.endswith("-start"):  # results: the copy, the operand itself, a context

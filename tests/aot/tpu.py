@@ -7,6 +7,8 @@ its temporaries below 1 % of the pool, make no other array of the pool's size an
 accessed". For rows on their way between tokens and tiles (write, gather, shift, move) these would
 say nothing: XLA turns the rows around the kernel, and its cost analysis counts each array it makes,
 though all of them lie in VMEM. There `hbm_bytes` counts what the text moves to and from HBM.
+Where a compiler moves rows out of VMEM for a while (libtpu 0.0.50 does, for some moves on tpu7x),
+these bytes are told apart, and the program may have twice its formula in all.
 Where nobody can know the bytes, a case says so. Neither numbers nor speed are proved here.
 """
 
@@ -46,7 +48,7 @@ from kvjax.pallas_kernels import (
 from kvjax.pallas_kernels.page_ops.packing import packed_scale_shape, packed_width
 from kvjax.pallas_kernels.paged_attention.tpu import prefill_tile
 from tests.aot import tpu_step
-from tests.aot.hbm_bytes import argument_bytes, hbm_bytes
+from tests.aot.hbm_bytes import argument_bytes, hbm_bytes, kept_bytes
 
 _KV_DTYPES = {"uint16": "bfloat16", "int8": "int8"}  # what the engine calls them
 CHIPS = {"v5e": "v5e:2x2", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
@@ -315,8 +317,13 @@ def check(compiled: Any, program: Program) -> str:
     if program.unknown:
         return f"{told}bytes not bounded: {program.unknown}"
     moved, formula = bytes_moved(compiled, program)
-    assert moved <= 1.2 * formula, f"bytes {moved}, formula {formula}, {moved / formula:.2f}"
-    return f"{told}bytes / formula {moved / formula:.2f}"
+    kept = kept_bytes(compiled.as_text()) if program.rows and moved > 1.2 * formula else 0
+    told += f"bytes / formula {moved / formula:.2f}"
+    if kept:
+        told += f", of which {kept / formula:.2f} are temporaries that XLA moves out of VMEM"
+    assert moved - kept <= 1.2 * formula, f"{told}: bytes {moved}, formula {formula}"
+    assert moved <= 2 * formula, f"{told}: bytes {moved}, formula {formula}"
+    return told
 
 
 def bytes_moved(compiled: Any, program: Program) -> tuple[int, int]:

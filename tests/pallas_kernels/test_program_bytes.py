@@ -3,7 +3,7 @@
 import pytest
 
 from tests.aot.cuda_target import xla_bytes
-from tests.aot.hbm_bytes import argument_bytes, array_bytes, hbm_bytes
+from tests.aot.hbm_bytes import argument_bytes, array_bytes, hbm_bytes, kept_bytes
 
 TPU = """HloModule jit_write
 
@@ -47,6 +47,8 @@ def test_what_lies_in_vmem_is_not_counted_and_a_kernel_counts_for_what_is_left()
 def test_a_copy_that_goes_to_hbm_is_counted():
     spilled = TPU.replace("S(1)} copy", "} copy")
     assert hbm_bytes(spilled) == K_BYTES + ROW_BYTES + 50000
+    assert kept_bytes(spilled) == 2 * ROW_BYTES  # written, and read by the kernel
+    assert kept_bytes(TPU) == 0
 
 
 def test_a_loop_has_no_bytes_that_could_be_counted():
