@@ -171,6 +171,15 @@ class EngineInstrument:
             self._llm.open(item.head).close()
 
     def _open(self, item: Item, method: str, params: SamplingParams) -> Branch:
+        """The prompt, again if chunks of it were encoded for it: what that leaves behind in the
+        prefix cache is no merit of the method."""
+        store = self._llm.engine.chunks.store
+        self._clear(item, method)
+        admitted = store.stats().admitted
+        branch = self._llm.open(self._prompt(item), params)
+        if store.stats().admitted == admitted:
+            return branch
+        branch.close()
         self._clear(item, method)
         return self._llm.open(self._prompt(item), params)
 

@@ -21,7 +21,8 @@ ITEM = Item(
 OTHER = dataclasses.replace(ITEM, id="two", passages=ITEM.passages[::-1])
 CORPUS = Corpus("c", (ITEM, OTHER), ())
 BLEND = "cacheblend:ratio=0.3,check_layer=0"  # its check layer runs every row
-METHODS = ["full", "prefix", "naive", "epic:k=4", BLEND, "oracle:ratio=0.3"]
+HEAD = "epic:k=0,head=true"
+METHODS = ["full", "prefix", "naive", HEAD, "epic:k=4", BLEND, "oracle:ratio=0.3"]
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +65,12 @@ def test_naive_reuse_copies_every_passage_and_deviates_only_where_context_is_see
     assert naive.stored_bytes_per_token == 2 * 4 * 2 * 64 * CONFIG.num_layers  # f32 K, V; 2 heads
     assert naive.kv_deviation[0] < 1e-9 < naive.kv_deviation[1]
     assert naive.kl_answer > 0
+
+
+def test_what_encoding_leaves_in_the_prefix_cache_is_no_merit_of_a_method(readings):
+    """Behind the head, the first passage is an ordinary prefix."""
+    assert readings[HEAD].copied_tokens == readings["naive"].copied_tokens
+    assert readings[HEAD].computed_share == readings["naive"].computed_share
 
 
 def test_recomputing_tokens_costs_more_and_brings_kv_nearer_to_full_prefills(readings):
