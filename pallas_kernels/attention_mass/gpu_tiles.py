@@ -123,7 +123,7 @@ def _walk_blocks(
         plgpu.commit_smem()
         start = pl.multiple_of(block * walk.block, walk.block)
         plgpu.copy_smem_to_gmem(s.columns_smem.at[slot], columns.at[pl.ds(start, walk.block)])
-        return acc if segments is None else _drawn(walk, p, block * walk.block, *segments, acc)
+        return acc if segments is None else _drawn(walk, p, block * walk.block, segments, acc)
 
     def masked(block: Any, acc: Any) -> Any:
         return step(block, acc, True)
@@ -139,9 +139,9 @@ def _walk_blocks(
     return jax.lax.fori_loop(high, blocks[1], masked, acc)
 
 
-def _drawn(walk: Walk, p: Any, first: Any, edge: Any, count: int, acc: Any) -> Any:
+def _drawn(walk: Walk, p: Any, first: Any, segments: Any, acc: Any) -> Any:
     """`acc[rows, segments]` with the sums of `p` over those of the segments that a block meets."""
-    g = walk.group
+    g, (edge, count) = walk.group, segments
 
     def meets(i: Any, met: Any) -> Any:
         before = (edge(i + 1) <= first).astype(jnp.int32)

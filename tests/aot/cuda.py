@@ -64,7 +64,7 @@ def attention(
     return check(compiled, pages, in_place=0, **costs(calls, tokens * row))
 
 
-def costs(calls: list[Call], rows: int) -> dict[str, int]:
+def costs(calls: list[Call], rows: int) -> dict[str, Any]:
     """Bytes of a task whose tiles read all keys of their sequences, and those that kernels copy."""
     return {
         "formula": sum(call.keys_read for call in calls) + rows,
@@ -153,7 +153,7 @@ def page_copy(
         functools.partial(copy_pages, backend="gpu"), pages, ids, ids, donate_argnums=0
     )
     pools = nbytes((pages.k, pages.v))
-    moved = {"formula": 2 * 16 * held // 16384, "copied": 2 * 16 * pools // 16384}
+    moved: dict[str, Any] = {"formula": 2 * 16 * held // 16384, "copied": 2 * 16 * pools // 16384}
     return check(compiled, pages, in_place=held, **moved)
 
 

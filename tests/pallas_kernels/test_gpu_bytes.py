@@ -44,7 +44,7 @@ def copied(monkeypatch):
     from jax._src.pallas.mosaic_gpu.interpret import shared_memory
 
     sizes: list[int] = []
-    memory = shared_memory.GPUSharedMemory
+    memory: Any = shared_memory.GPUSharedMemory
     execute = memory.execute_async_task
 
     def counting(self, task: Any) -> Any:
@@ -124,7 +124,8 @@ def test_mass_copies_what_is_said(name, copied):
 
 @pytest.mark.parametrize("dtype", [np.uint16, np.int8])
 def test_a_page_is_copied_in_and_out_once(dtype, copied):
-    pages = LayerPages(np.zeros((9, 2, 16, 64), dtype), np.zeros((9, 2, 16, 64), dtype))
+    pool: Any = np.zeros((9, 2, 16, 64), dtype)
+    pages = LayerPages(pool, pool)
     src: Any = np.array([0, 1, 2], np.int32)
     dst: Any = np.array([5, 6, -1], np.int32)
     jax.jit(lambda *x: copies.copy_pages(*x, interpret=interpret_gpu()))(pages, src, dst)
@@ -132,7 +133,8 @@ def test_a_page_is_copied_in_and_out_once(dtype, copied):
 
 
 def test_a_shift_copies_its_keys_in_and_out_once_and_its_tables_per_group_of_heads(copied):
-    pages = LayerPages(np.zeros((4, 2, 64, 64), np.uint16), np.zeros((4, 2, 64, 64), np.uint16))
+    pool: Any = np.zeros((4, 2, 64, 64), np.uint16)
+    pages = LayerPages(pool, pool)
     slots: Any = np.arange(64, 192, dtype=np.int32)
     tables: Any = rotary_tables([1] * 128, np.ones(32))
     jax.jit(
