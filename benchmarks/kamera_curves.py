@@ -72,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
     corpus = build(args.corpus)
     if args.items > len(corpus.items):
         raise ValueError(f"--items may be {len(corpus.items)} at most, got {args.items}")
-    bench = _Bench(args, corpus)
+    bench = Bench(args, corpus, _llm(args))
     record: dict[str, Any] = {
         "version": VERSION,
         "command": "kamera-curves",
@@ -85,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
         for (curve, at), reading in bench.read(item):
             places = record["readings"].setdefault(curve, {})
             places.setdefault(str(at), []).append(reading)
-        record["curves"] = _summary(record["readings"])
+        record["curves"] = summary(record["readings"])
         write_json(args.out, record)
         print(f"item {number + 1} of {args.items}: {item.id}", flush=True)
     record["status"] = "complete"
@@ -94,16 +94,18 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-class _Bench:
+def _llm(args: argparse.Namespace) -> LLM:
+    return LLM(
+        args.model, dtype=args.dtype, deterministic=True, force_reuse=True, max_num_seqs=4, seed=0
+    )
+
+
+class Bench:
     """One engine; every reading begins with no prefix cached."""
 
-    def __init__(self, args: argparse.Namespace, corpus: Corpus) -> None:
-        self._args, self._corpus = args, corpus
-        self._llm = LLM(
-            args.model, dtype=args.dtype, deterministic=True, force_reuse=True, max_num_seqs=4,
-            seed=0,
-        )  # fmt: skip
-        self._tokenizer = self._llm.get_tokenizer()
+    def __init__(self, args: argparse.Namespace, corpus: Corpus, llm: LLM) -> None:
+        self._args, self._corpus, self._llm = args, corpus, llm
+        self._tokenizer = llm.get_tokenizer()
 
     def about(self) -> dict[str, Any]:
         """What the engine is, for the manifest."""
@@ -211,7 +213,7 @@ def _reversed(item: Item) -> Item:
     return dataclasses.replace(item, passages=(*reversed(front), last))
 
 
-def _summary(readings: dict[str, dict[str, list[dict[str, float]]]]) -> dict[str, Any]:
+def summary(readings: dict[str, dict[str, list[dict[str, float]]]]) -> dict[str, Any]:
     """Recovery with its interval, and means of the rest, by curve and place."""
     out: dict[str, Any] = {}
     for curve, places in readings.items():
