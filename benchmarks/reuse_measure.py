@@ -175,9 +175,9 @@ class EngineInstrument:
         prefix cache is no merit of the method."""
         store = self._llm.engine.chunks.store
         self._clear(item, method)
-        admitted = store.stats().admitted
+        admitted = store.stats.admitted
         branch = self._llm.open(self._prompt(item), params)
-        if store.stats().admitted == admitted:
+        if store.stats.admitted == admitted:
             return branch
         branch.close()
         self._clear(item, method)
