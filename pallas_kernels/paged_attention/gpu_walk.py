@@ -153,12 +153,22 @@ def require_fit(walk: Walk, scratch: dict[str, Any]) -> None:
 # whose copies run while this one computes, wherever the width allows.
 @rule("paged_attention/gpu_decode")
 def _decode_sizes(*, head_dim: int, page_size: int, bits: int) -> dict[str, int]:
-    del page_size, head_dim
-    return {"block": 64, "stages": 2 if bits == 16 else 1, "ahead": 2, "split": 1024}
+    del page_size
+    return {
+        "block": 64, "stages": 2 if bits == 16 else 1, "ahead": 2, "split": _split(head_dim, bits),
+    }  # fmt: skip
 
 
 @rule("paged_attention/gpu_prefill")
 def _prefill_sizes(*, head_dim: int, page_size: int, bits: int) -> dict[str, int]:
     del page_size
     block = 128 if head_dim <= 128 and bits == 16 else 64
-    return {"block": block, "stages": 2 if bits == 16 else 1, "ahead": 2, "split": 1024}
+    return {
+        "block": block, "stages": 2 if bits == 16 else 1, "ahead": 2,
+        "split": _split(head_dim, bits),
+    }  # fmt: skip
+
+
+def _split(head_dim: int, bits: int) -> int:
+    """Keys of a split: so many that its partial result is little beside them."""
+    return 2048 * 16 // bits if head_dim > WIDE else 1024
