@@ -118,6 +118,7 @@ def test_no_patch_of_its_rank_is_nearer(tokens):
     k, v = (rng.normal(size=k.shape).astype(np.float32) for _ in "kv")
     patch = low_rank_patch((zero, zero), (k, v), 2)
     assert patch.k_left is not None
+    assert patch.v is not None
     joined = np.concatenate([x.reshape(tokens, -1) for x in (k, v)], axis=1)
     right = np.concatenate([x.reshape(2, -1) for x in (patch.k, patch.v)], axis=1)
     rest = np.linalg.norm(joined - patch.k_left[0] @ right)
