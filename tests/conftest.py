@@ -2,6 +2,7 @@
 
 import gc
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,13 +16,19 @@ os.environ["JAX_PLATFORMS"] = os.environ.get("KVJAX_TEST_DEVICE", "cpu")
 def room_for_programs() -> Iterator[None]:
     """Drops compiled programs before they take the last of a process's memory mappings.
 
-    Each takes some twenty, Linux allows 65,530, and a compile that gets none ends the process.
+    Each takes some twenty, Linux allows 65,530, and a compile that gets none ends the process. The
+    engines that modules keep in caches of functions hold theirs as long as they live.
     """
     yield
     maps = Path("/proc/self/maps")
     if maps.exists() and maps.read_text().count("\n") > 25_000:
         import jax
 
+        for name, module in list(sys.modules.items()):
+            if name.startswith("tests."):
+                for value in list(vars(module).values()):
+                    if hasattr(value, "cache_clear"):
+                        value.cache_clear()
         jax.clear_caches()
         gc.collect()
 
