@@ -57,7 +57,8 @@ def test_a_page_of_all_committed_results_needs_nothing_from_elsewhere(tmp_path, 
     assert re.findall(r"(?:src|href|@import|url\()", page) == []
     assert "http" not in re.sub(r"http://www.w3.org/2000/svg|http-2026\S*|\bhttp\b", "", page)
     shown = [texts(one)[0] for one in plots(page)]
-    for wanted in ("under the device's ceilings, bfloat16", "Reuse: work saved against quality, lookup",
+    for wanted in ("under the device's ceilings, bfloat16",
+                   "Reuse: work saved against quality, lookup",
                    "First token over 4,000 stored tokens"):  # fmt: skip
         assert any(wanted in str(title) for title in shown), wanted
     for path in COMMITTED:
