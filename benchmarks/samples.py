@@ -210,6 +210,19 @@ def _startup(run: Run) -> Iterator[_Row]:
             yield key, run.get(key, []), "s", False
 
 
+def _grammar(run: Run) -> Iterator[_Row]:
+    for row in run["rows"]:
+        name = f"{row['library']} {row['case']}"
+        yield f"{name} compiled", row["compile_s"], "s", False
+        yield f"{name} with 16 answers", row["whole_s"], "s", False
+
+
+def _kamera_curves(run: Run) -> Iterator[_Row]:
+    for curve, places in run["readings"].items():
+        for at, readings in places.items():
+            yield f"{curve} {at} KL", [one["kl_patched"] for one in readings], "nats", False
+
+
 READERS: dict[str, Callable[[Run], Iterator[_Row]]] = {
     "engine": _engine,
     "kernels": _kernels,
@@ -220,4 +233,6 @@ READERS: dict[str, Callable[[Run], Iterator[_Row]]] = {
     "latency": _latency,
     "throughput": _throughput,
     "startup": _startup,
+    "grammar": _grammar,
+    "kamera-curves": _kamera_curves,
 }

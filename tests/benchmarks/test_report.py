@@ -57,7 +57,8 @@ def test_a_page_of_all_committed_results_needs_nothing_from_elsewhere(tmp_path, 
     assert re.findall(r"(?:src|href|@import|url\()", page) == []
     assert "http" not in re.sub(r"http://www.w3.org/2000/svg|http-2026\S*|\bhttp\b", "", page)
     shown = [texts(one)[0] for one in plots(page)]
-    for wanted in ("under the device's ceilings, bfloat16", "Reuse: speed against quality, lookup",
+    for wanted in ("under the device's ceilings, bfloat16",
+                   "Reuse: work saved against quality, lookup",
                    "First token over 4,000 stored tokens"):  # fmt: skip
         assert any(wanted in str(title) for title in shown), wanted
     for path in COMMITTED:
@@ -78,15 +79,15 @@ def test_serving_runs_have_a_frontier_distributions_and_hits():
     assert "<td>mean_ttft_ms</td><td>ms</td><td>150</td>" in page
 
 
-def test_reuse_is_speed_against_quality():
+def test_reuse_is_work_saved_against_quality():
     results = Results({}, {}, {}, {})
     for item in ("x", "y"):
-        results.readings["lookup", item, "full"] = reading(prefill_s=0.6)
-        results.readings["lookup", item, "epic"] = reading(kl=0.2, prefill_s=0.2)
+        results.readings["lookup", item, "full"] = reading()
+        results.readings["lookup", item, "epic"] = reading(kl=0.2, computed_layer_tokens=100)
     plot = report.reuse_plot(results, "lookup")
     (series,) = plot.series
-    ((loss, speed_up),) = series.points
-    assert (series.name, loss, speed_up) == ("epic", pytest.approx(0.2), pytest.approx(3.0))
+    ((loss, saved),) = series.points
+    assert (series.name, loss, saved) == ("epic", pytest.approx(0.2), pytest.approx(3.0))
     assert "nats" in plot.x_label
 
 
