@@ -28,7 +28,8 @@ def test_full_rank_recovers_all_and_what_was_made_elsewhere_is_refused(tmp_path)
     assert curves["rank"]["200"]["recovery"][0] > 0.99
     assert curves["rank"]["4"]["recovery"][0] < curves["rank"]["200"]["recovery"][0]
     assert curves["moved"]["0"]["refused"] == curves["stale"]["0"]["refused"] == 0
-    assert curves["moved"]["16"]["refused"] == curves["stale"]["4"]["refused"] == 1
+    assert curves["moved"]["16"]["refused"] == 1
+    assert 0 < curves["stale"]["4"]["refused"] < 1  # those behind the edit; what replaced is fresh
     assert curves["order"]["of its own"]["recovery"][0] > 0.99
     assert "| rank | 200 |" in table(curves)
 
