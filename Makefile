@@ -55,7 +55,8 @@ test: $(STAMP)-test
 	$(BIN)/python -m pytest -q -n $(WORKERS) -m "not slow"
 
 test-slow: $(STAMP)-test
-	$(BIN)/python -m pytest -q -n $(WORKERS) -m slow
+	$(BIN)/python -m pytest -q -n $(WORKERS) -m "slow and not alone"
+	$(BIN)/python -m pytest -q -n 0 -m alone
 
 SOAK_SECONDS ?= 1200
 
