@@ -50,23 +50,20 @@ def times(process: Process, abusers: subprocess.Popen[bytes]) -> tuple[float, fl
 @pytest.mark.slow
 @pytest.mark.alone
 def test_latency_stays_within_one_and_a_half_while_bad_clients_do_their_worst(process):
-    """Of up to three measurements the best: what else the machine does makes a ratio larger."""
     port = process.url.rpartition(":")[2]
     ask(process)
     abusers = subprocess.Popen([sys.executable, "-m", "tests.serving.abusers", port, "0"])
     try:
         time.sleep(2.0)  # until all of them are at it
         memory = psutil.Process(process.popen.pid)
-        before, ratios = memory.memory_info().rss, [float("inf")]
-        while min(ratios) >= 1.5 and len(ratios) <= 3:
-            abused, alone = times(process, abusers)
-            ratios.append(abused / alone)
+        before = memory.memory_info().rss
+        abused, alone = times(process, abusers)
         grown = memory.memory_info().rss - before
     finally:
         abusers.kill()
         abusers.wait()
-    print(f"\n{ratios[1:]}, {grown / 2**20:+.1f} MiB")
-    assert min(ratios) < 1.5
+    print(f"\n{abused / alone:.2f} of {alone * 1000:.0f} ms, {grown / 2**20:+.1f} MiB")
+    assert abused / alone < 1.5
     assert grown < 32 << 20
     status, refused = process.ask("/metrics")
     assert status == 200
